@@ -1,0 +1,158 @@
+"""Encoders of the open_clip library: any built-in model with any of its tags, a checkpoint file, a hub repository."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..imaging import ImagePreprocessing
+from .encoder import Encoder
+from .hub import quiet_libraries, unavailable
+from .probes import token_probe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["OpenCLIPEncoder"]
+
+
+class OpenCLIPEncoder(Encoder):
+    """Any open_clip model.
+
+    Spec after `open_clip:`: `MODEL/TAG` as listed by `open_clip.list_pretrained()`, `MODEL/CHECKPOINT_FILE`, or
+    `hf-hub:ORG/REPO`.
+
+    The activation follows the tag: weights trained with QuickGELU (OpenAI, DFN, MetaCLIP) get QuickGELU also under the
+    plain model name, where open_clip 3 itself only warns and computes something else.
+    """
+
+    source: ClassVar[str] = "open_clip"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, model_config: dict[str, Any], spec: str) -> None:
+        super().__init__()
+        import open_clip
+
+        self.spec = spec
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.model_config = model_config
+        self.dim = int(model_config["embed_dim"])
+        config = open_clip.get_model_preprocess_cfg(model)
+        size = config["size"]
+        self.preprocessing = ImagePreprocessing(
+            size=(size, size) if isinstance(size, int) else tuple(size),
+            resize=config["resize_mode"],
+            interpolation=config["interpolation"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            fill=config["fill_color"],
+        )
+
+    @classmethod
+    def from_spec(cls, name: str) -> Self:
+        """Load `MODEL/TAG`, `MODEL/FILE` or `hf-hub:ORG/REPO`.
+
+        Raises:
+            InputError: no such model or tag.
+            EncoderUnavailableError: the weights are neither cached nor to be fetched.
+        """
+        import open_clip
+
+        spec = f"open_clip:{name}"
+        if name.startswith(("hf-hub:", "local-dir:")):
+            model_name, tag, options = name, None, {}
+        else:
+            model_name, _, tag = name.partition("/")
+            options = _options_of_tag(model_name, tag)
+        try:
+            with quiet_libraries():
+                model = open_clip.create_model(model_name, pretrained=tag, require_pretrained=True, **options)
+                tokenizer = open_clip.get_tokenizer(model_name)
+            config = open_clip.get_model_config(model_name)
+        except Exception as error:
+            if tag and Path(tag).is_file():
+                reason = str(error).splitlines()[0]
+                raise InputError(
+                    f"checkpoint {tag!r} does not fit open_clip model {model_name!r}: {reason}"
+                ) from None
+            raise unavailable(spec, error) from None
+        if options.get("force_quick_gelu"):
+            config["quick_gelu"] = True
+        return cls(model, tokenizer, config, spec)
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Both."""
+        return frozenset({"image", "text"})
+
+    @property
+    def image_module(self) -> nn.Module:
+        """The visual tower."""
+        return self.model.visual
+
+    def image_features(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Projected features before normalisation."""
+        return self.model.encode_image(pixel_values, normalize=False)
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+        """Projected features before normalisation."""
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Activation and tokens: the rest of the architecture shows in the shapes of the weights."""
+        return {
+            "quick_gelu": bool(self.model_config.get("quick_gelu", False)),
+            "tokens": token_probe(lambda texts: self.tokenizer(texts).tolist()),
+        }
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write open_clip's own `local-dir:` layout, which open_clip loads as well."""
+        import open_clip
+        from safetensors.torch import save_file
+
+        weights = {name: t.float().contiguous().cpu() for name, t in self.model.state_dict().items()}
+        save_file(weights, folder / "open_clip_model.safetensors")
+        preprocessing = open_clip.get_model_preprocess_cfg(self.model)
+        about = {"model_cfg": self.model_config, "preprocess_cfg": preprocessing}
+        (folder / "open_clip_config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+        return {}
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """Read that layout."""
+        import open_clip
+
+        name = f"local-dir:{folder}"
+        with quiet_libraries():
+            model = open_clip.create_model(name, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
+        return cls(model, tokenizer, open_clip.get_model_config(name), spec=str(folder))
+
+
+def _options_of_tag(model_name: str, tag: str) -> dict[str, Any]:
+    """Keyword arguments for `create_model` that the tag's weights ask for; checks both names."""
+    import open_clip
+
+    if model_name not in open_clip.list_models():
+        raise InputError(f"open_clip has no model {model_name!r}; `mmalign encoders open_clip` lists them")
+    if Path(tag).is_file():
+        return {}
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag not in tags:
+        raise InputError(
+            f"open_clip model {model_name!r} has no tag {tag!r} and there is no such checkpoint file; "
+            f"its tags are: {', '.join(tags) or 'none'}"
+        )
+    return (
+        {"force_quick_gelu": True} if open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu") else {}
+    )

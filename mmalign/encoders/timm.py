@@ -1,0 +1,137 @@
+"""Image encoders and classifiers of the timm library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..imaging import ImagePreprocessing
+from .encoder import Encoder
+from .hub import unavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["TimmEncoder", "preprocessing_of"]
+
+
+class TimmEncoder(Encoder):
+    """A timm model, images only.
+
+    Spec after `timm:`: `MODEL[.TAG]` as listed by `timm.list_pretrained()`. With `classifier=True` the features are
+    the logits of the model's own classes instead of its pooled features.
+    """
+
+    source: ClassVar[str] = "timm"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: str,
+        spec: str,
+        *,
+        options: dict[str, Any] | None = None,
+        preprocessing: ImagePreprocessing | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = model.eval()
+        self.architecture = architecture
+        self.options = options or {}
+        self.preprocessing = preprocessing or preprocessing_of(model)
+        self.classes = int(model.num_classes)
+        self.dim = self.classes or int(model.num_features)
+        head_width = getattr(model, "head_hidden_size", None)
+        if not self.classes and head_width:
+            self.dim = int(head_width)
+
+    @classmethod
+    def from_spec(cls, name: str, *, classifier: bool = False) -> Self:
+        """Load `MODEL[.TAG]` with its pretrained weights.
+
+        Raises:
+            InputError: timm has no such model.
+            EncoderUnavailableError: the weights are neither cached nor to be fetched.
+        """
+        import timm
+
+        architecture = name.partition(".")[0]
+        if not timm.is_model(architecture):
+            raise InputError(f"timm has no model {architecture!r}; `mmalign encoders timm` lists them")
+        options = {} if classifier else {"num_classes": 0}
+        try:
+            model = timm.create_model(name, pretrained=True, **options)
+        except Exception as error:
+            raise unavailable(f"timm:{name}", error) from None
+        return cls(model, architecture, f"timm:{name}", options=options)
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Images."""
+        return frozenset({"image"})
+
+    @property
+    def image_module(self) -> nn.Module:
+        """The whole model."""
+        return self.model
+
+    def image_features(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Pooled features before any classifier, or logits."""
+        return self.model(pixel_values)
+
+    def describe(self) -> dict[str, Any]:
+        """The architecture by name: timm's names are stable, and some differ in activations alone."""
+        return {"architecture": self.architecture, "classifier": bool(self.classes)}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Weights as safetensors; the architecture by name."""
+        from safetensors.torch import save_file
+
+        weights = {name: t.float().contiguous().cpu() for name, t in self.model.state_dict().items()}
+        save_file(weights, folder / "timm_model.safetensors")
+        config = {k: v for k, v in dict(self.model.pretrained_cfg).items() if _is_json(v)}
+        return {"architecture": self.architecture, "options": self.options, "pretrained_cfg": config}
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """Rebuild from name and weights."""
+        import timm
+        from safetensors.torch import load_file
+
+        model = timm.create_model(
+            config["architecture"], pretrained_cfg_overlay=config["pretrained_cfg"], **config["options"]
+        )
+        model.load_state_dict(load_file(folder / "timm_model.safetensors"))
+        return cls(model, config["architecture"], spec=str(folder), options=config["options"])
+
+
+def preprocessing_of(model: nn.Module) -> ImagePreprocessing:
+    """timm's evaluation transform for a model: resize to size / crop_pct, then centre crop."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    height, width = config["input_size"][-2:]
+    squash = config["crop_mode"] == "squash"
+    return ImagePreprocessing(
+        size=(height, width),
+        resize="squash" if squash else "longest" if config["crop_mode"] == "border" else "shortest",
+        resize_to=None if squash else int(min(height, width) / config["crop_pct"]),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,290 @@
+"""Encoders of the transformers library: CLIP, SigLIP and SigLIP 2 (images and texts), sentence encoders (texts)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..imaging import ImagePreprocessing
+from .encoder import Encoder
+from .hub import quiet_libraries, unavailable
+from .probes import token_probe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SentenceEncoder", "TransformersEncoder", "load_transformers", "model_and_tokenizer"]
+
+_PIL_RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+
+
+def load_transformers(name: str) -> Encoder:
+    """Load `ORG/REPO` or a folder in transformers' layout: two towers if the model has them, else a sentence encoder.
+
+    Raises:
+        InputError: a model family that gives no image-text or sentence features.
+        EncoderUnavailableError: the files are neither cached nor to be fetched.
+    """
+    import transformers
+
+    spec = f"transformers:{name}"
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise unavailable(spec, error) from None
+    dual = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    if dual and config.model_type not in TransformersEncoder.families:
+        raise InputError(
+            f"{spec!r} is a {config.model_type} model; supported two-tower families: "
+            f"{', '.join(TransformersEncoder.families)}"
+            + (
+                " (take a fixed-resolution SigLIP 2 such as google/siglip2-base-patch16-224)"
+                if config.model_type == "siglip2"
+                else ""
+            )
+        )
+    try:
+        model, tokenizer = model_and_tokenizer(name)
+        if dual:
+            processor = transformers.AutoImageProcessor.from_pretrained(name)
+            return TransformersEncoder(model, tokenizer, preprocessing_of(processor), spec)
+        return SentenceEncoder(model, tokenizer, sentence_pooling(name), spec)
+    except InputError:
+        raise
+    except Exception as error:
+        raise unavailable(spec, error) from None
+
+
+class _WithTokenizer(Encoder):
+    """What both kinds share: a transformers model beside its tokenizer, saved in transformers' own layout."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, spec: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs on the encoder's device."""
+        raise NotImplementedError
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write transformers' own layout, which transformers loads as well."""
+        self.model.save_pretrained(folder / "transformers")
+        self.tokenizer.save_pretrained(folder / "transformers")
+        return {}
+
+
+class TransformersEncoder(_WithTokenizer):
+    """CLIP, SigLIP or fixed-resolution SigLIP 2 (`google/siglip2-*-patch*-*`, whose model type is siglip)."""
+
+    source: ClassVar[str] = "transformers"
+    families: ClassVar[tuple[str, ...]] = ("clip", "siglip")
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, preprocessing: ImagePreprocessing, spec: str
+    ) -> None:
+        super().__init__(model, tokenizer, spec)
+        self.preprocessing = preprocessing
+        config = model.config
+        self.is_siglip = config.model_type == "siglip"
+        self.dim = int(config.vision_config.hidden_size if self.is_siglip else config.projection_dim)
+        self.context_length = int(config.text_config.max_position_embeddings)
+        # SigLIP 2 (Gemma vocabulary of 256,000) was trained on lower-cased text; its published tokenizer
+        # configurations do not all say so.
+        self.lowercase = self.is_siglip and config.text_config.vocab_size >= 256_000
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Both."""
+        return frozenset({"image", "text"})
+
+    @property
+    def image_module(self) -> nn.Module:
+        """The vision model; CLIP's projection beside it is cast by `to` through this list."""
+        projection = getattr(self.model, "visual_projection", None)
+        return nn.ModuleList([self.model.vision_model, *([projection] if projection is not None else [])])
+
+    def image_features(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Projected (CLIP) or attention-pooled (SigLIP) features before normalisation."""
+        return _tensor(self.model.get_image_features(pixel_values=pixel_values))
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+        """Projected features before normalisation."""
+        return _tensor(self.model.get_text_features(**self.tokenize(texts)))
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """SigLIP was trained with every text padded to the full length and no mask; CLIP pads to the longest."""
+        texts = [text.lower() for text in texts] if self.lowercase else list(texts)
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length" if self.is_siglip else True,
+            max_length=self.context_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        names = ("input_ids",) if self.is_siglip else ("input_ids", "attention_mask")
+        return {name: tokens[name].to(self.device) for name in names}
+
+    def describe(self) -> dict[str, Any]:
+        """Family, activations and tokens."""
+        config = self.model.config
+        return {
+            "family": config.model_type,
+            "activations": [config.vision_config.hidden_act, config.text_config.hidden_act],
+            "tokens": token_probe(
+                lambda texts: [self.tokenize([text])["input_ids"][0].tolist() for text in texts]
+            ),
+        }
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """As the base, with the preprocessing beside it."""
+        super().write(folder)
+        assert self.preprocessing is not None
+        return {"preprocessing": self.preprocessing.to_dict()}
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """Rebuild from transformers' layout."""
+        model, tokenizer = model_and_tokenizer(folder / "transformers")
+        return cls(model, tokenizer, ImagePreprocessing.from_dict(config["preprocessing"]), spec=str(folder))
+
+
+class SentenceEncoder(_WithTokenizer):
+    """A sentence encoder, texts only: token states pooled by mean, class token or maximum."""
+
+    source: ClassVar[str] = "sentence"
+    preprocessing = None
+
+    def __init__(self, model: nn.Module, tokenizer: Any, pooling: dict[str, Any], spec: str) -> None:
+        super().__init__(model, tokenizer, spec)
+        self.pooling = pooling
+        self.dim = int(model.config.hidden_size)
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Texts."""
+        return frozenset({"text"})
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Padded to the longest of the batch."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.pooling["max_length"],
+            return_tensors="pt",
+        )
+        return {name: tensor.to(self.device) for name, tensor in tokens.items()}
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+        """Pooled token states."""
+        tokens = self.tokenize(texts)
+        states = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1).to(states.dtype)
+        if self.pooling["mode"] == "cls":
+            return states[:, 0]
+        if self.pooling["mode"] == "max":
+            return states.masked_fill(mask == 0, -torch.inf).amax(dim=1)
+        return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+
+    def describe(self) -> dict[str, Any]:
+        """Family, pooling and tokens."""
+        tokens = token_probe(lambda texts: [self.tokenize([text])["input_ids"][0].tolist() for text in texts])
+        return {"family": self.model.config.model_type, "pooling": self.pooling, "tokens": tokens}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """As the base, with the pooling beside it."""
+        super().write(folder)
+        return {"pooling": self.pooling}
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """Rebuild from transformers' layout."""
+        model, tokenizer = model_and_tokenizer(folder / "transformers")
+        return cls(model, tokenizer, config["pooling"], spec=str(folder))
+
+
+def model_and_tokenizer(name: str | Path) -> tuple[nn.Module, Any]:
+    """Both in float32, whatever precision the checkpoint has."""
+    import transformers
+
+    with quiet_libraries():
+        model = transformers.AutoModel.from_pretrained(name).float()
+        return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def _tensor(output: Any) -> Tensor:
+    # transformers 5 wraps the projected features in an output object; 4 returned them bare.
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def preprocessing_of(processor: Any) -> ImagePreprocessing:
+    """A transformers image processor as our declarative preprocessing."""
+    size = dict(processor.size)
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
+    interpolation = _PIL_RESAMPLE.get(int(processor.resample))
+    if interpolation is None:
+        raise InputError(
+            f"image processor resamples with Pillow filter {processor.resample}, which is not supported"
+        )
+    common: dict[str, Any] = {
+        "interpolation": interpolation,
+        "mean": tuple(processor.image_mean),
+        "std": tuple(processor.image_std),
+    }
+    if "shortest_edge" in size:
+        edge = int(size["shortest_edge"])
+        target = (int(crop["height"]), int(crop["width"])) if crop else (edge, edge)
+        return ImagePreprocessing(size=target, resize="shortest", resize_to=edge, **common)
+    return ImagePreprocessing(size=(int(size["height"]), int(size["width"])), resize="squash", **common)
+
+
+def sentence_pooling(name: str) -> dict[str, Any]:
+    """Pooling mode and maximum length as sentence-transformers wrote them beside the model; mean and 256 otherwise.
+
+    Raises:
+        InputError: a pooling mode other than mean, cls or max.
+    """
+    from transformers.utils import cached_file
+
+    def side_file(path: str) -> dict[str, Any]:
+        found = cached_file(
+            name,
+            path,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+
+    flags = side_file("1_Pooling/config.json")
+    mode = flags.get("pooling_mode")
+    if mode is None:
+        chosen = [key for key, on in flags.items() if key.startswith("pooling_mode_") and on is True]
+        names = {
+            "pooling_mode_cls_token": "cls",
+            "pooling_mode_max_tokens": "max",
+            "pooling_mode_mean_tokens": "mean",
+        }
+        mode = (
+            names.get(chosen[0], chosen[0])
+            if len(chosen) == 1
+            else "mean"
+            if not chosen
+            else "+".join(chosen)
+        )
+    if mode not in ("mean", "cls", "max"):
+        raise InputError(f"transformers:{name} pools by {mode!r}; supported are mean, cls and max")
+    return {
+        "mode": mode,
+        "max_length": int(side_file("sentence_bert_config.json").get("max_seq_length", 256)),
+    }

@@ -1,0 +1,332 @@
+"""The next generation of an index while it is being made: what every writing operation works on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmalign.encoders import Encoder
+
+from . import faiss_index
+from .calibration import Calibration, query_bank
+from .items import ItemColumns, Items, read_arrow, write_arrow
+from .storage import Manifest, Store, Writer
+from .vectors import Vectors, write_rows
+
+__all__ = ["Draft", "resolve_roots", "store_roots"]
+
+# Rows past the FAISS index are scanned exactly: 2,000 cost 0.2 ms a query. Beyond this share they are merged in.
+MERGE_SHARE = 0.05
+# Rows that no item refers to any more cost disk and candidates. Beyond this share they are dropped.
+DEAD_SHARE = 0.2
+MAX_SEGMENTS = 8
+CHECKPOINT_SECONDS = 30.0
+
+
+class Draft:
+    """Holds the item table in memory and new vectors until the next checkpoint; old vectors stay on disk."""
+
+    def __init__(
+        self, writer: Writer, manifest: Manifest, *, checkpoint_seconds: float = CHECKPOINT_SECONDS
+    ) -> None:
+        self.writer = writer
+        self.folder = writer.folder
+        self.manifest = manifest
+        self.dim = int(manifest["encoder"]["dim"])
+        self.segments: list[dict[str, Any]] = list(manifest["segments"])
+        self.items = ItemColumns()
+        if manifest.get("items"):
+            stored = Items(read_arrow(self.folder / manifest["items"]), [])
+            self.items = ItemColumns.of(stored)
+        self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
+        self.pending: list[np.ndarray] = []
+        self.rows = sum(segment["rows"] for segment in self.segments)
+        self._checkpoint_seconds = checkpoint_seconds
+        self._last_checkpoint = time.monotonic()
+        self._changed = False
+
+    @classmethod
+    def start(
+        cls, store: Store, writer: Writer, encoder: dict[str, Any], roots: list[Path], **options: Any
+    ) -> Draft:
+        """The draft of a new index."""
+        manifest: Manifest = {
+            "encoder": encoder,
+            "roots": store_roots(roots, store.folder),
+            "segments": [],
+            "items": None,
+            "metadata": None,
+            "skipped": None,
+            "queries": None,
+            "faiss": None,
+            "calibration": None,
+            "next_id": 0,
+            "settings": {},
+            "measured": {},
+        }
+        return cls(writer, manifest, **options)
+
+    # -- changing --------------------------------------------------------------------------------------------------
+
+    def add_rows(self, vectors: np.ndarray) -> int:
+        """Queue unit rows; returns the row number of the first."""
+        first = self.rows
+        if len(vectors):
+            self.pending.append(vectors)
+            self.rows += len(vectors)
+            self._changed = True
+        return first
+
+    def add_item(self, **values: Any) -> int:
+        """Append a line to the item table; returns its id."""
+        number = int(self.manifest["next_id"])
+        self.manifest["next_id"] = number + 1
+        self.items.append(id=number, **values)
+        self._changed = True
+        return number
+
+    def touch(self) -> None:
+        """Say that the item table or another part was changed in place."""
+        self._changed = True
+
+    def set_metadata(self, table: pa.Table | None) -> None:
+        """Replace the user's columns (with `id`)."""
+        if table is None:
+            self.manifest["metadata"] = None
+        else:
+            self.manifest["metadata"] = self.writer.add(
+                "metadata", ".arrow", lambda file: write_arrow(table, file)
+            )
+        self._changed = True
+
+    def metadata(self) -> pa.Table | None:
+        """The user's columns as stored."""
+        name = self.manifest["metadata"]
+        return read_arrow(self.folder / name) if name else None
+
+    def vectors(self) -> Vectors:
+        """All rows written so far; queued rows are written first."""
+        self._flush()
+        return Vectors([self.folder / segment["file"] for segment in self.segments], self.dim)
+
+    # -- publishing ------------------------------------------------------------------------------------------------
+
+    def checkpoint_if_due(self) -> None:
+        """Publish what there is, if the last time was long enough ago for the cost to be small."""
+        if time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds:
+            started = time.monotonic()
+            self.checkpoint()
+            # The table is rewritten whole: keep that under a twentieth of the time.
+            self._checkpoint_seconds = max(self._checkpoint_seconds, 20 * (time.monotonic() - started))
+
+    def checkpoint(self) -> None:
+        """Publish: from here on readers see it, and nothing of it can be lost."""
+        if self._changed:
+            self._flush()
+            table = self.items.to_table()
+            self.manifest["items"] = self.writer.add("items", ".arrow", lambda file: write_arrow(table, file))
+            self.manifest["skipped"] = self._write_skipped()
+            self._publish()
+        self._last_checkpoint = time.monotonic()
+
+    def finish(
+        self,
+        encoder: Encoder | None,
+        *,
+        factory: str | None = None,
+        wanted_recall: float = 0.95,
+        text_queries: np.ndarray | None = None,
+        memory_bytes: int | None = None,
+        force: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """Drop dead rows, join segments, bring FAISS and calibration up to date, publish.
+
+        Args:
+            encoder: embeds the reference queries the first time; `None` where there is none.
+            factory: a FAISS factory string to use from now on, instead of the choice by size.
+            wanted_recall: recall@10 to tune for.
+            text_queries: the user's own unit rows to tune with, instead of the built-in phrases.
+            memory_bytes: what the FAISS index may take.
+            force: rebuild FAISS even if nothing asks for it.
+            progress: show a bar.
+        """
+        settings = self.manifest["settings"]
+        settings.update({"factory": factory} if factory is not None else {})
+        self._compact()
+        vectors = self.vectors()
+        if len(vectors) and self._faiss_is_stale(memory_bytes, force):
+            if text_queries is not None:
+                self._write_queries(text_queries)
+            elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
+                self._write_queries(encoder.encode_texts(query_bank()))
+            self._build_faiss(vectors, wanted_recall, memory_bytes, force, progress)
+            alive = np.zeros(len(vectors), bool)
+            alive[self.items.row] = True
+            calibration = Calibration.measure(vectors, alive, self._queries())
+            self.manifest["calibration"] = calibration.to_dict() if calibration else None
+        if not len(vectors):
+            self.manifest["faiss"] = self.manifest["calibration"] = None
+        self.checkpoint()
+
+    def _faiss_is_stale(self, memory_bytes: int | None, force: bool) -> bool:
+        current = self.manifest["faiss"]
+        if force or current is None:
+            self._changed = True
+            return True
+        plan = faiss_index.choose_plan(
+            self.rows, self.dim, factory=self.manifest["settings"].get("factory"), memory_bytes=memory_bytes
+        )
+        grown = self.rows - current["rows"] > MERGE_SHARE * self.rows
+        return grown or not self._same_type(plan)
+
+    def _same_type(self, plan: faiss_index.Plan) -> bool:
+        """Whether the current FAISS file is what the plan asks for; a chosen number of lists may lag behind growth."""
+        current = self.manifest["faiss"]
+        if self.manifest["settings"].get("factory"):
+            return bool(plan.factory == current["factory"])
+        return bool(plan.factory.split(",")[-1] == current["factory"].split(",")[-1])
+
+    def _build_faiss(
+        self, vectors: Vectors, wanted: float, memory_bytes: int | None, force: bool, progress: bool
+    ) -> None:
+        rows = len(vectors)
+        plan = faiss_index.choose_plan(
+            rows, self.dim, factory=self.manifest["settings"].get("factory"), memory_bytes=memory_bytes
+        )
+        current = self.manifest["faiss"]
+        trained_on = rows
+        if current and not force and self._same_type(plan) and rows <= 2 * current["trained_on"]:
+            trained_on = current["trained_on"]
+            plan = replace(plan, factory=current["factory"], parameters=current["parameters"])
+            index = faiss_index.grow(self.folder / current["file"], vectors, current["rows"], rows)
+        else:
+            index = faiss_index.build(vectors, rows, plan, progress=progress)
+        queries = self._queries()
+        kind = "text" if queries is not None else "image"
+        if queries is None:
+            queries = noisy_rows(vectors)
+        tuning = faiss_index.tune(index, vectors, rows, queries, plan, kind=kind, wanted=wanted)
+        self.manifest["faiss"] = {
+            "file": self.writer.add("faiss", ".index", lambda file: faiss_index.write(index, file)),
+            "factory": plan.factory,
+            "rows": rows,
+            "trained_on": trained_on,
+            "parameters": tuning.parameters,
+            "candidates": tuning.candidates,
+        }
+        self.manifest["measured"] = tuning.to_dict()
+        self._changed = True
+
+    def _compact(self) -> None:
+        """Rewrite the vectors without dead rows, or into one segment, where that pays."""
+        self._flush()
+        alive = np.zeros(self.rows, bool)
+        alive[self.items.row] = True
+        dead = self.rows - int(alive.sum())
+        if dead <= DEAD_SHARE * self.rows and len(self.segments) <= MAX_SEGMENTS:
+            return
+        vectors = self.vectors()
+        if dead <= DEAD_SHARE * self.rows:
+            alive[:] = True  # joining alone keeps row numbers, and with them the FAISS file
+        rows = int(alive.sum())
+
+        def pieces() -> Iterator[np.ndarray]:
+            for first, piece in vectors.chunks():
+                yield piece[alive[first : first + len(piece)]]
+
+        if rows < self.rows:
+            renumbered = np.cumsum(alive) - 1
+            self.items.row = [int(renumbered[row]) for row in self.items.row]
+            self.manifest["faiss"] = None
+        self.segments = []
+        self.rows = rows
+        if rows:
+            self._add_segment(pieces(), rows)
+        self._changed = True
+
+    def _flush(self) -> None:
+        if self.pending:
+            rows = sum(len(piece) for piece in self.pending)
+            self._add_segment(self.pending, rows)
+            self.pending = []
+
+    def _add_segment(self, pieces: Iterable[np.ndarray], rows: int) -> None:
+        name = self.writer.add("vectors", ".npy", lambda file: write_rows(file, pieces, rows, self.dim))
+        self.segments.append({"file": name, "rows": rows})
+
+    def _write_skipped(self) -> str | None:
+        if not self.skipped:
+            return None
+
+        def fill(file: IO[bytes]) -> None:
+            for line in self.skipped:
+                file.write(json.dumps(line).encode("ascii") + b"\n")
+
+        return self.writer.add("skipped", ".jsonl", fill)
+
+    def _write_queries(self, queries: np.ndarray) -> None:
+        self.manifest["queries"] = self.writer.add(
+            "vectors", ".npy", lambda file: write_rows(file, [queries], len(queries), self.dim)
+        )
+
+    def _queries(self) -> np.ndarray | None:
+        name = self.manifest["queries"]
+        return np.load(self.folder / name, allow_pickle=False) if name else None
+
+    def _publish(self) -> None:
+        manifest = self.manifest
+        manifest["segments"] = self.segments
+        manifest["rows"] = self.rows
+        manifest["item_count"] = len(self.items)
+        single = [manifest[name] for name in ("items", "metadata", "skipped", "queries")]
+        names = [segment["file"] for segment in self.segments] + [name for name in single if name]
+        names += [manifest["faiss"]["file"]] if manifest["faiss"] else []
+        self.manifest = self.writer.publish(manifest, names)
+        self._changed = False
+
+
+def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Queries like stored images but not equal to any: stored rows plus Gaussian noise of half their norm."""
+    random = np.random.default_rng(seed)
+    rows = vectors.gather(np.sort(random.choice(len(vectors), min(count, len(vectors)), replace=False)))
+    rows = rows + noise * random.standard_normal(rows.shape, np.float32) / np.sqrt(np.float32(vectors.dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The report of files that could not be read."""
+    name = manifest.get("skipped")
+    if not name:
+        return []
+    return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
+
+
+def store_roots(roots: list[Path], folder: Path) -> list[dict[str, str]]:
+    """Roots as they go into the manifest: absolute, and relative to the index so that both can move together."""
+    stored = []
+    for root in roots:
+        try:
+            relative = os.path.relpath(root.resolve(), folder.resolve())
+        except ValueError:  # another drive on Windows
+            relative = ""
+        stored.append({"absolute": os.fspath(root.resolve()), "relative": relative})
+    return stored
+
+
+def resolve_roots(stored: list[dict[str, str]], folder: Path) -> list[Path]:
+    """Where the indexed folders are now: the recorded place if it still exists, else beside the moved index."""
+    found = []
+    for root in stored:
+        absolute = Path(root["absolute"])
+        beside = Path(os.path.normpath(folder.resolve() / root["relative"])) if root["relative"] else absolute
+        found.append(absolute if absolute.exists() or not beside.exists() else beside)
+    return found

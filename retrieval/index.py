@@ -1,0 +1,799 @@
+"""`ImageIndex`: a folder of images that answers in images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float, Int
+
+from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
+from mmalign.errors import EncoderMismatchError, IndexDamagedError, InputError
+
+from . import faiss_index
+from .build import DecodeSettings, ScanSettings, UpdateReport, add_images, update_folder
+from .calibration import Calibration
+from .draft import Draft, read_skipped, resolve_roots, store_roots
+from .filters import kept_ids
+from .items import NO_HASH, Item, Items, display_path, iterate, read_arrow
+from .query import Query, Term, as_terms, embed_query, embed_vector
+from .storage import Manifest, Store
+from .vectors import Vectors, checked_rows
+
+__all__ = ["DEFAULT_FOLDER", "Hit", "ImageIndex", "find_index"]
+
+DEFAULT_FOLDER = ".mmalign"
+
+# Below this many kept rows an exact scan of them beats any index; above, results are filtered and counted.
+_SCAN_ROWS = 20_000
+_SCAN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result.
+
+    Attributes:
+        rank: from 1.
+        score: cosine between query and image, in [-1, 1].
+        match: in [0, 1], how far above chance the cosine is in this index (see `retrieval.calibration`); `None` for
+            indexes of fewer than 8 images.
+        item: the image file.
+        aliases: further files with the same content.
+        metadata: the user's columns.
+    """
+
+    rank: int
+    score: float
+    match: float | None
+    item: Item
+    aliases: tuple[Path, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.item.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; a path that is no UTF-8 comes escaped in `name` and raw, surrogate-escaped, in `path`."""
+        return {
+            "rank": self.rank,
+            "score": round(self.score, 6),
+            "match": None if self.match is None else round(self.match, 4),
+            "id": self.item.id,
+            "path": os.fspath(self.item.path),
+            "name": self.item.name,
+            "width": self.item.width,
+            "height": self.item.height,
+            "format": self.item.format,
+            "flags": list(self.item.flags),
+            "sha256": self.item.sha256,
+            "aliases": [os.fspath(path) for path in self.aliases],
+            "metadata": {
+                key: value if _is_plain(value) else str(value) for key, value in self.metadata.items()
+            },
+        }
+
+
+class ImageIndex:
+    """A searchable index on disk.
+
+    Make one with `ImageIndex.build`, reopen it with `ImageIndex.open`. Opening maps files and loads neither the vectors
+    nor the encoder. Any number of processes may read while one writes; a reader keeps the state it opened until
+    `refresh`. An instance may be searched from several threads.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        encoder: Encoder | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.store = Store(Path(folder))
+        self.device = device
+        self._encoder = encoder
+        self.refresh()
+        if encoder is not None:
+            self._check_encoder(encoder)
+
+    # -- making and opening ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, encoder: Encoder | None = None, device: str | None = None
+    ) -> ImageIndex:
+        """Open an index, given its folder or the image folder it was made in.
+
+        Args:
+            folder: the index, or a folder that holds one as `.mmalign`.
+            encoder: use this one instead of loading the recorded spec; must have the same fingerprint.
+            device: where to run the encoder.
+
+        Raises:
+            InputError: no index there.
+            IndexDamagedError: files are missing or cut, or the format is newer.
+            EncoderMismatchError: `encoder` is another one than the index was made with.
+        """
+        return cls(find_index(folder), encoder=encoder, device=device)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike[str],
+        out: str | os.PathLike[str] | None = None,
+        *,
+        encoder: str | os.PathLike[str] | Encoder | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        **options: Any,
+    ) -> tuple[ImageIndex, UpdateReport]:
+        """Index a folder of images, or bring its index up to date.
+
+        Args:
+            folder: images, at any depth.
+            out: where the index goes; `FOLDER/.mmalign` by default.
+            encoder: spec or encoder; for a new index `mmalign.encoders.DEFAULT_SPEC`, for an existing one its own.
+            device: where to run the encoder.
+            dtype: weights of the image tower; "auto" measures whether bfloat16 is faster. Recorded: later updates use
+                the same.
+            options: as for `update`.
+
+        Returns:
+            The index and what was done.
+
+        Raises:
+            InputError: the folder is missing, empty, or none of its images can be read.
+            EncoderUnavailableError: the encoder's weights are not to be had.
+            EncoderMismatchError: the index exists and was made with another encoder.
+            IndexLockedError: another process is writing to it.
+        """
+        root = Path(folder)
+        if not root.is_dir():
+            kind = (
+                "is a file; give the folder it is in" if root.exists() else "does not exist; check the path"
+            )
+            raise InputError(f"{str(root)!r} {kind}")
+        store = Store(Path(out) if out is not None else root / DEFAULT_FOLDER)
+        if store.exists():
+            index = cls(store.folder, device=device)
+            if encoder is not None:
+                index._encoder = encoder if isinstance(encoder, Encoder) else index._load(os.fspath(encoder))
+                index._check_encoder(index._encoder)
+            return index, index.update(root, **options)
+        faiss_index.import_faiss()
+        if not isinstance(encoder, Encoder):
+            encoder = load_encoder(encoder or DEFAULT_SPEC, device=device, dtype=dtype)
+        encoder._require("image")
+        with store.write() as writer:
+            try:
+                draft = Draft.start(
+                    store, writer, describe_encoder(encoder), [root], **_draft_options(options)
+                )
+                report = _update(draft, encoder, root, 0, options)
+            except BaseException:
+                writer.abandon()
+                raise
+        return cls(store.folder, encoder=encoder), report
+
+    @classmethod
+    def from_vectors(
+        cls,
+        out: str | os.PathLike[str],
+        vectors: Float[np.ndarray, "n dim"],
+        *,
+        encoder: Encoder | None = None,
+        paths: Sequence[str] | None = None,
+        root: str | os.PathLike[str] | None = None,
+        metadata: pa.Table | None = None,
+        factory: str | None = None,
+        wanted_recall: float = 0.95,
+        text_queries: np.ndarray | None = None,
+        memory_bytes: int | None = None,
+        progress: bool = False,
+    ) -> ImageIndex:
+        """Make an index of vectors that exist already.
+
+        Args:
+            out: a new folder.
+            vectors: [n, dim]; normalised if they are not; may be memory-mapped and is read in pieces.
+            encoder: what made them, for queries in words and images; without it only vectors can be searched for.
+            paths: a name for each; relative to `root` where that is given.
+            root: folder of the files.
+            metadata: further columns, n rows.
+            factory: FAISS factory string instead of the choice by size.
+            wanted_recall: recall@10 to tune for.
+            text_queries: unit rows to tune with.
+            memory_bytes: what the FAISS index may take.
+            progress: show a bar.
+
+        Raises:
+            InputError: rows that are zero or not finite (named), wrong shapes, or `out` holds an index.
+        """
+        store = Store(Path(out))
+        if store.exists():
+            raise InputError(
+                f"{str(out)!r} holds an index already; choose another folder or `add_vectors` to it"
+            )
+        vectors = np.asarray(vectors)
+        about = (
+            describe_encoder(encoder)
+            if encoder is not None
+            else {"spec": None, "dim": int(vectors.shape[-1])}
+        )
+        with store.write() as writer:
+            try:
+                draft = Draft.start(store, writer, about, [Path(root)] if root is not None else [])
+                _append_vectors(draft, vectors, paths, 0 if root is not None else -1, metadata)
+                draft.finish(
+                    encoder,
+                    factory=factory,
+                    wanted_recall=wanted_recall,
+                    text_queries=text_queries,
+                    memory_bytes=memory_bytes,
+                    progress=progress,
+                )
+            except BaseException:
+                writer.abandon()
+                raise
+        return cls(store.folder, encoder=encoder)
+
+    def refresh(self) -> None:
+        """See what has been written since."""
+        manifest = self.store.read_manifest()
+        folder = self.store.folder
+        self.manifest: Manifest = manifest
+        self.dim = int(manifest["encoder"]["dim"])
+        self.roots = resolve_roots(manifest["roots"], folder)
+        self.vectors = Vectors([folder / segment["file"] for segment in manifest["segments"]], self.dim)
+        table = read_arrow(folder / manifest["items"]) if manifest["items"] else None
+        if table is None or len(self.vectors) != manifest["rows"] or table.num_rows != manifest["item_count"]:
+            raise IndexDamagedError(
+                f"index {str(folder)!r}: vectors, items and manifest do not agree in number; index the folder again"
+            )
+        self.items = Items(table, self.roots)
+        self.calibration = Calibration.from_dict(manifest["calibration"])
+        for name in ("alive", "_alive_count", "faiss", "metadata", "_metadata_rows"):
+            self.__dict__.pop(name, None)
+
+    # -- looking at it ---------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iterate(self.items)
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageIndex({str(self.store.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
+        )
+
+    @cached_property
+    def alive(self) -> Bool[np.ndarray, " rows"]:
+        """Which vector rows belong to an item."""
+        return self.items.alive(len(self.vectors))
+
+    @cached_property
+    def faiss(self) -> Any:
+        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none."""
+        about = self.manifest["faiss"]
+        if about is None:
+            return None
+        index = faiss_index.read(self.store.folder / about["file"], about["parameters"])
+        if index.ntotal != about["rows"] or index.d != self.dim:
+            raise IndexDamagedError(
+                f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "
+                f"{self.dim}; `mmalign verify {self.store.folder} --repair` rebuilds it"
+            )
+        return index
+
+    @cached_property
+    def metadata(self) -> pa.Table | None:
+        """The user's columns with `id`."""
+        name = self.manifest["metadata"]
+        return read_arrow(self.store.folder / name) if name else None
+
+    @property
+    def encoder(self) -> Encoder:
+        """What embeds queries; loaded when first needed, and checked against the fingerprint of the index.
+
+        Raises:
+            EncoderMismatchError: the recorded spec gives other vectors today than when the index was made.
+        """
+        if self._encoder is None:
+            spec = self.manifest["encoder"]["spec"]
+            if spec is None:
+                raise InputError(
+                    "this index was made from vectors alone; open it with the encoder that made them, "
+                    "ImageIndex.open(folder, encoder=...), or search with vectors"
+                )
+            encoder = self._load(spec)
+            self._check_encoder(encoder)
+            self._encoder = encoder
+        return self._encoder
+
+    def info(self) -> dict[str, Any]:
+        """What the index holds and how it was made, JSON-safe."""
+        manifest = self.manifest
+        return {
+            "folder": os.fspath(self.store.folder),
+            "roots": [display_path(os.fsencode(root)) for root in self.roots],
+            "images": len(self),
+            "distinct": int(self.alive.sum()),
+            "skipped": len(self.skipped()),
+            "encoder": manifest["encoder"],
+            "decode": manifest["settings"].get("decode", {}),
+            "faiss": manifest["faiss"],
+            "measured": manifest["measured"],
+            "metadata_columns": self.metadata.column_names if self.metadata is not None else [],
+            "bytes": sum(about["size"] for about in manifest["files"].values()),
+            "format": manifest["format"],
+            "generation": manifest["generation"],
+            "written": manifest["written"],
+            "libraries": manifest["libraries"],
+        }
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Files that could not be read, with `path`, `reason` and `message`."""
+        return read_skipped(self.store.folder, self.manifest)
+
+    def verify(self) -> list[str]:
+        """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
+        problems = list(self.store.check_contents(self.manifest))
+        rows = self.items.numbers("row")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self.vectors)):
+            problems.append("the item table names vector rows that do not exist")
+        for first, piece in self.vectors.chunks():
+            norms = np.linalg.norm(piece, axis=1)
+            bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+            if len(bad):
+                problems.append(f"{len(bad)} vectors are not of unit length (first: row {first + bad[0]})")
+                break
+        if not any("faiss-" in problem for problem in problems):
+            try:
+                _ = self.faiss
+            except IndexDamagedError as error:
+                problems.append(str(error))
+        return problems
+
+    # -- searching -------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: Query,
+        k: int = 10,
+        *,
+        where: str | Sequence[str] | None = None,
+        min_match: float | None = None,
+        min_score: float | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The k best images for words, images, or several of both.
+
+        Args:
+            query: a string (words), a path or picture, a `Term` with weight and sign, a list of these, or a vector
+                [dim] of the same space. In a list, strings are words and paths are images.
+            k: at most this many hits.
+            where: keep only items for which this holds, SQL or `key=value`; see `retrieval.filters.kept_ids`.
+            min_match: drop hits with a lower match, in [0, 1]; an empty list then means that nothing here matches.
+            min_score: drop hits with a lower cosine.
+            exact: scan all vectors instead of asking FAISS.
+
+        Returns:
+            Hits in descending order of cosine; fewer than k only if fewer items pass.
+
+        Raises:
+            InputError: an empty query, k below 1, a filter that is not understood, a vector of another width or with
+                values that are not finite.
+            UnreadableImageError: a query image cannot be read.
+        """
+        if isinstance(query, np.ndarray) and query.ndim <= 2 and query.size == query.shape[-1]:
+            vector, kind = embed_vector(query, self.dim), "image"
+        else:
+            fast = bool(self.manifest["settings"].get("decode", {}).get("fast_decode"))
+            vector, kind = embed_query(self.encoder, as_terms(query), fast_decode=fast)
+        mask = self.mask(where) if where is not None else None
+        scores, rows = self.search_vectors(vector[None], k, mask=mask, exact=exact)
+        return self._hits(scores[0], rows[0], kind, min_match, min_score, mask_ids=where)
+
+    def similar(self, image: int | str | os.PathLike[str], k: int = 10, **options: Any) -> list[Hit]:
+        """The images most like one of the index (by id or path) or any other image file; itself left out.
+
+        Raises:
+            InputError: no such id.
+        """
+        position = self._position_of(image)
+        if position is None:
+            if isinstance(image, int):
+                raise InputError(f"the index has no item with id {image}; `search` results carry ids")
+            return self.search(Term(Path(image), kind="image"), k, **options)
+        row = self.items.value("row", position)
+        vector = self.vectors.gather(np.array([row]))[0]
+        hits = self.search(vector, k + 1, **options)
+        others = [hit for hit in hits if hit.item.row != row][:k]
+        return [
+            Hit(rank, h.score, h.match, h.item, h.aliases, h.metadata) for rank, h in enumerate(others, 1)
+        ]
+
+    def search_vectors(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int = 10,
+        *,
+        mask: Bool[np.ndarray, " rows"] | None = None,
+        exact: bool = False,
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """Cosines and vector rows of the k best for each unit query, re-ranked exactly; row -1 pads short results.
+
+        Args:
+            queries: unit rows, float32.
+            k: results a query.
+            mask: which rows may be returned; rows that belong to no item never are.
+            exact: scan all vectors instead of asking FAISS.
+
+        Raises:
+            InputError: k below 1, or queries of another shape.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least one result")
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
+        queries = np.ascontiguousarray(queries, np.float32)
+        total = len(self.vectors)
+        allowed = self.alive if mask is None else self.alive & mask
+        kept = int(np.count_nonzero(allowed)) if mask is not None else self._alive_count
+        wanted = min(k, kept)
+        if not wanted:
+            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        about = self.manifest["faiss"]
+        small = kept < total and kept <= max(_SCAN_ROWS, _SCAN_SHARE * total)
+        if exact or small or about is None:
+            rows = None if kept == total else np.flatnonzero(allowed)
+            return faiss_index.exact_search(self.vectors, queries, k, rows=rows)
+        # The k best of an unfiltered ranking that pass the filter are the k best that pass: fetch more, then count.
+        depth = min(
+            about["rows"],
+            int(1.5 * about["candidates"] * k * total / kept) if kept < total else about["candidates"] * k,
+        )
+        _, found = faiss_index.search(self.faiss, queries, max(depth, wanted))
+        if kept < total:
+            found = np.where((found >= 0) & allowed[found], found, -1)
+        scores, rows = faiss_index.rerank(self.vectors, queries, found, k)
+        if about["rows"] < total:
+            fresh = np.arange(about["rows"], total)
+            fresh = fresh if kept == total else fresh[allowed[fresh]]
+            extra = faiss_index.exact_search(self.vectors, queries, k, rows=fresh)
+            scores, rows = faiss_index.merge_top(scores, rows, *extra, k)
+        short = np.flatnonzero((rows >= 0).sum(axis=1) < wanted)
+        if len(short):
+            # Too few passed among the candidates: the filter asks for what lies far from the query.
+            remaining = np.flatnonzero(allowed)
+            scores[short], rows[short] = faiss_index.exact_search(
+                self.vectors, queries[short], k, rows=remaining
+            )
+        return scores, rows
+
+    @cached_property
+    def _alive_count(self) -> int:
+        return int(np.count_nonzero(self.alive))
+
+    def mask(self, where: str | Sequence[str]) -> Bool[np.ndarray, " rows"]:
+        """Vector rows with at least one item for which the filter holds."""
+        mask = np.zeros(len(self.vectors), bool)
+        mask[self.items.numbers("row")[self._passing(where)]] = True
+        return mask
+
+    def _passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
+        return np.isin(self.items.numbers("id"), kept_ids(self.items.table, self.metadata, where))
+
+    def _hits(
+        self,
+        scores: np.ndarray,
+        rows: np.ndarray,
+        kind: str,
+        min_match: float | None,
+        min_score: float | None,
+        mask_ids: str | Sequence[str] | None,
+    ) -> list[Hit]:
+        matches = self.calibration.match(scores, kind) if self.calibration else [None] * len(scores)
+        passing = self._passing(mask_ids) if mask_ids is not None else None
+        hits: list[Hit] = []
+        for score, row, match in zip(scores, rows, matches, strict=True):
+            if row < 0:
+                break
+            if min_score is not None and score < min_score:
+                break
+            if min_match is not None and match is not None and match < min_match:
+                break
+            positions = self.items.positions_of_row(int(row))
+            if passing is not None:
+                positions = [position for position in positions if passing[position]]
+            item = self.items.item(positions[0])
+            aliases = tuple(self.items.item(position).path for position in positions[1:])
+            level = None if match is None else float(match)
+            hits.append(Hit(len(hits) + 1, float(score), level, item, aliases, self._metadata_of(item.id)))
+        return hits
+
+    def _metadata_of(self, number: int) -> dict[str, Any]:
+        if self.metadata is None:
+            return {}
+        row = self._metadata_rows.get(number)
+        if row is None:
+            return {}
+        return {
+            name: self.metadata.column(name)[row].as_py()
+            for name in self.metadata.column_names
+            if name != "id"
+        }
+
+    @cached_property
+    def _metadata_rows(self) -> dict[int, int]:
+        assert self.metadata is not None
+        return {number: row for row, number in enumerate(self.metadata.column("id").to_pylist())}
+
+    def _position_of(self, image: int | str | os.PathLike[str]) -> int | None:
+        if isinstance(image, int):
+            found = np.flatnonzero(self.items.numbers("id") == image)
+            return int(found[0]) if len(found) else None
+        wanted = Path(image).resolve()
+        for number, root in enumerate(self.roots):
+            try:
+                raw = os.fsencode(wanted.relative_to(root.resolve()).as_posix())
+            except ValueError:
+                continue
+            roots = self.items.numbers("root")
+            matching = pc.equal(self.items.table.column("path"), display_path(raw)).to_numpy()
+            for position in np.flatnonzero(matching & (roots == number)):
+                if self.items.raw_path(int(position)) == raw:
+                    return int(position)
+        return None
+
+    def duplicates(self, threshold: float | None = None, *, neighbours: int = 20) -> list[list[Item]]:
+        """Groups of images that are the same.
+
+        Args:
+            threshold: cosine from which two different files count as near-duplicates; `None` gives files of equal
+                content only, which is certain.
+            neighbours: how many nearest images of each are looked at.
+
+        Returns:
+            Groups of two or more, largest first.
+        """
+        parent = list(range(len(self.vectors)))
+
+        def find(row: int) -> int:
+            while parent[row] != row:
+                parent[row] = parent[parent[row]]
+                row = parent[row]
+            return row
+
+        if threshold is not None:
+            if not -1 <= threshold <= 1:
+                raise InputError(
+                    f"threshold {threshold} is no cosine; give a number between -1 and 1, such as 0.95"
+                )
+            rows = np.flatnonzero(self.alive)
+            for part in np.array_split(rows, max(1, len(rows) // 1024)):
+                scores, found = self.search_vectors(self.vectors.gather(part), min(neighbours + 1, len(rows)))
+                for number, row in enumerate(part):
+                    for other in found[number][(scores[number] >= threshold) & (found[number] >= 0)]:
+                        parent[find(int(row))] = find(int(other))
+        groups: dict[int, list[int]] = {}
+        for position, row in enumerate(self.items.numbers("row")):
+            groups.setdefault(find(int(row)), []).append(position)
+        shared = [group for group in groups.values() if len(group) > 1]
+        return [
+            [self.items.item(position) for position in group]
+            for group in sorted(shared, key=len, reverse=True)
+        ]
+
+    # -- changing --------------------------------------------------------------------------------------------------
+
+    def update(self, folder: str | os.PathLike[str] | None = None, **options: Any) -> UpdateReport:
+        """Bring the index in line with its folder, or with a further one.
+
+        Args:
+            folder: one of the indexed folders, or a new one to add; by default all indexed folders in turn.
+            options: `batch_size`, `workers`, `progress`, `allow_removals`, `metadata` (a file), `factory`,
+                `wanted_recall`, `text_queries`, `memory_bytes`; `follow_links`, `all_files`, `hidden`, `shard` (i, n);
+                `fast_decode`, `tolerate_truncation`, `max_pixels`, which stay as they were unless given.
+
+        Raises:
+            InputError, EncoderMismatchError, IndexLockedError: as for `build`.
+        """
+        encoder = self.encoder
+        with self._drafting(**_draft_options(options)) as draft:
+            if folder is None:
+                reports = [_update(draft, encoder, root, n, options) for n, root in enumerate(self.roots)]
+                if not reports:
+                    raise InputError("this index was made from vectors and has no folder; name one to add")
+                report = reports[0]
+                for other in reports[1:]:
+                    for name, value in vars(other).items():
+                        setattr(report, name, getattr(report, name) + value)
+                return report
+            root = Path(folder)
+            known = [number for number, path in enumerate(self.roots) if path.resolve() == root.resolve()]
+            if not known:
+                for path in self.roots:
+                    if path.resolve() in root.resolve().parents or root.resolve() in path.resolve().parents:
+                        raise InputError(
+                            f"{str(root)!r} and the indexed {str(path)!r} overlap; index the outer one"
+                        )
+                draft.manifest["roots"] += store_roots([root], self.store.folder)
+                draft.touch()
+            return _update(draft, encoder, root, known[0] if known else len(self.roots), options)
+
+    def add(self, images: Iterable[str | os.PathLike[str]], *, progress: bool = False) -> list[int]:
+        """Add image files by path; returns their ids, those of known files included.
+
+        Raises:
+            UnreadableImageError: a file cannot be read; nothing was added.
+        """
+        decode = DecodeSettings(**self.manifest["settings"].get("decode", {}))
+        with self._drafting() as draft:
+            ids = add_images(draft, self.encoder, self.roots, list(images), decode=decode, progress=progress)
+            draft.finish(self.encoder)
+        return ids
+
+    def add_vectors(
+        self,
+        vectors: Float[np.ndarray, "n dim"],
+        *,
+        paths: Sequence[str] | None = None,
+        metadata: pa.Table | None = None,
+    ) -> list[int]:
+        """Add rows made elsewhere with the same encoder; returns their ids.
+
+        Raises:
+            InputError: another width, or rows that are zero or not finite.
+        """
+        with self._drafting() as draft:
+            ids = _append_vectors(draft, np.asarray(vectors), paths, -1, metadata)
+            draft.finish(self._encoder)
+        return ids
+
+    def remove(self, ids: Iterable[int]) -> None:
+        """Remove items by id. Image files are not touched; an update of their folder will find them again.
+
+        Raises:
+            InputError: an id is not in the index; nothing was removed.
+        """
+        wanted = set(ids)
+        with self._drafting() as draft:
+            unknown = wanted - set(draft.items.id)
+            if unknown:
+                raise InputError(
+                    f"the index has no items with ids {sorted(unknown)[:5]}; nothing was removed"
+                )
+            draft.items.keep([number not in wanted for number in draft.items.id])
+            draft.touch()
+            draft.finish(self._encoder)
+
+    def rebuild(self, **options: Any) -> None:
+        """Build FAISS and calibration again from the vectors; `options` as for `update`."""
+        with self._drafting() as draft:
+            draft.finish(self._encoder, force=True, **options)
+
+    @contextmanager
+    def _drafting(self, **options: Any) -> Iterator[Draft]:
+        with self.store.write() as writer:
+            yield Draft(writer, self.store.read_manifest(), **options)
+        self.refresh()
+
+    # -- encoders --------------------------------------------------------------------------------------------------
+
+    def _load(self, spec: str) -> Encoder:
+        about = self.manifest["encoder"]
+        return load_encoder(spec, device=self.device, dtype=about.get("dtype", "float32"))
+
+    def _check_encoder(self, encoder: Encoder) -> None:
+        about = self.manifest["encoder"]
+        if about["spec"] is None and encoder.dim == self.dim:
+            return
+        if encoder.fingerprint != about.get("fingerprint"):
+            raise EncoderMismatchError(
+                f"index {str(self.store.folder)!r} was made with {about['spec']!r} (fingerprint "
+                f"{about.get('fingerprint', '-')[:12]}), not with {encoder.spec!r} ({encoder.fingerprint[:12]}); their "
+                f"vectors cannot be compared. Use the first, or make a new index with --out"
+            )
+
+
+def find_index(path: str | os.PathLike[str]) -> Path:
+    """The index folder for a path: itself, or `.mmalign` in it.
+
+    Raises:
+        InputError: neither is an index.
+    """
+    given = Path(path)
+    for candidate in (given, given / DEFAULT_FOLDER):
+        if Store(candidate).exists():
+            return candidate
+    if not given.exists():
+        raise InputError(
+            f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`"
+        )
+    raise InputError(f"{str(given)!r} is not an index and holds none; make one with `mmalign index {given}`")
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """The encoder as it stands in the manifest."""
+    return {
+        "spec": encoder.spec,
+        "fingerprint": encoder.fingerprint,
+        "dim": encoder.dim,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "modalities": sorted(encoder.modalities),
+        "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing else None,
+    }
+
+
+_FINISH_OPTIONS = ("factory", "wanted_recall", "text_queries", "memory_bytes")
+
+
+def _draft_options(options: dict[str, Any]) -> dict[str, Any]:
+    seconds = options.pop("checkpoint_seconds", None)
+    return {} if seconds is None else {"checkpoint_seconds": seconds}
+
+
+def _update(draft: Draft, encoder: Encoder, root: Path, number: int, options: dict[str, Any]) -> UpdateReport:
+    options = dict(options)
+    finishing = {name: options.pop(name) for name in _FINISH_OPTIONS if name in options}
+    scanning = ScanSettings(**{name: options.pop(name) for name in vars(ScanSettings()) if name in options})
+    stored = draft.manifest["settings"].get("decode", {})
+    decode = DecodeSettings(
+        **{**stored, **{n: options.pop(n) for n in vars(DecodeSettings()) if n in options}}
+    )
+    draft.manifest["settings"]["decode"] = asdict(decode)
+    report = update_folder(draft, encoder, root, number, decode=decode, scanning=scanning, **options)
+    draft.finish(encoder, progress=bool(options.get("progress")), **finishing)
+    return report
+
+
+def _append_vectors(
+    draft: Draft, vectors: np.ndarray, paths: Sequence[str] | None, root: int, metadata: pa.Table | None
+) -> list[int]:
+    if vectors.ndim != 2:
+        raise InputError(f"vectors have shape {vectors.shape}; give [n, dim]")
+    for name, given in (("paths", paths), ("metadata", metadata)):
+        if given is not None and len(given) != len(vectors):
+            raise InputError(f"{len(given)} {name} for {len(vectors)} vectors; give one a vector")
+    first = draft.rows
+    for start in range(0, len(vectors), 65_536):
+        draft.add_rows(checked_rows(vectors[start : start + 65_536], draft.dim))
+    ids = []
+    for number in range(len(vectors)):
+        name = paths[number] if paths is not None else f"vector-{first + number}"
+        ids.append(
+            draft.add_item(
+                row=first + number,
+                root=root,
+                raw_path=os.fsencode(name),
+                size=0,
+                mtime_ns=0,
+                sha256=NO_HASH,
+                width=0,
+                height=0,
+                format="",
+                flags="",
+            )  # fmt: skip
+        )
+    if metadata is not None:
+        table = metadata.append_column("id", pa.array(ids, pa.int64()))
+        stored = draft.metadata()
+        draft.set_metadata(pa.concat_tables([stored, table], promote_options="default") if stored else table)
+    return ids
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool, list, dict))

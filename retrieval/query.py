@@ -1,0 +1,129 @@
+"""What a person asks: words, images, several of both with weights, minus words; turned into one unit vector."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mmalign.encoders import Encoder
+from mmalign.errors import InputError
+from mmalign.imaging import DecodedImage, read_file, read_image
+
+from .vectors import checked_rows
+
+__all__ = ["Query", "Term", "embed_query", "parse_term"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a query: a text or an image, with a weight; negative weights push away.
+
+    Attributes:
+        value: a text; or with `kind="image"` a path, bytes, Pillow image, array or tensor.
+        weight: finite and not 0.
+        kind: "text" or "image".
+    """
+
+    value: Any
+    weight: float = 1.0
+    kind: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("text", "image"):
+            raise InputError(f"term kind {self.kind!r} is not text or image")
+        if not np.isfinite(self.weight) or self.weight == 0:
+            raise InputError(f"weight {self.weight} of {self.value!r} must be a number other than 0")
+        if self.kind == "text" and (not isinstance(self.value, str) or not self.value.strip()):
+            raise InputError(f"the query {self.value!r} is empty; give some words or an image")
+
+
+# A string, a path or picture, a Term, a list of these, or a vector.
+Query = Any
+
+_WEIGHT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)):(?=.)", re.DOTALL)
+
+
+def parse_term(text: str, sign: float = 1.0) -> Term:
+    """A term as typed: `words`, `path/to/image.jpg`, either with a weight in front (`2:red`, `0.5:photo.jpg`).
+
+    What names an existing file is an image. `text:` and `image:` in front say which is meant.
+
+    Raises:
+        InputError: nothing but a weight, or an image path that does not exist.
+    """
+    weight = sign
+    match = _WEIGHT.match(text)
+    if match:
+        weight, text = sign * float(match[1]), text[match.end() :]
+    if text.startswith("text:"):
+        return Term(text[5:], weight)
+    if text.startswith("image:"):
+        return Term(Path(text[6:]), weight, "image")
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long, or with a NUL: words
+        is_file = False
+    return Term(Path(text), weight, "image") if is_file else Term(text, weight)
+
+
+def as_terms(query: Query) -> list[Term]:
+    """Normalise what `ImageIndex.search` takes, except vectors. Strings are words, paths are images."""
+    parts = list(query) if isinstance(query, (list, tuple)) else [query]
+    terms = []
+    for part in parts:
+        if isinstance(part, Term):
+            terms.append(part)
+        elif isinstance(part, str):
+            terms.append(Term(part))
+        else:
+            terms.append(Term(part, kind="image"))
+    if not terms:
+        raise InputError("the query is empty; give some words or an image")
+    return terms
+
+
+def embed_query(
+    encoder: Encoder, terms: Sequence[Term], *, fast_decode: bool = False
+) -> tuple[Float[np.ndarray, " dim"], str]:
+    """The unit vector of the weighted sum of unit vectors, and which background to compare it with.
+
+    Returns:
+        The vector, and "text" if any term with a positive weight is text, else "image".
+
+    Raises:
+        InputError: the encoder lacks a modality, or the terms cancel out.
+        UnreadableImageError: an image cannot be read.
+    """
+    total = np.zeros(encoder.dim, np.float64)
+    for term in terms:
+        if term.kind == "text":
+            vector = encoder.encode_texts([term.value])[0]
+        else:
+            vector = encoder.encode_images([_decoded(encoder, term.value, fast_decode)])[0]
+        total += term.weight * vector.astype(np.float64)
+    norm = float(np.linalg.norm(total))
+    if norm < 1e-6:
+        raise InputError("the terms of the query cancel out; change a weight")
+    positive = [term for term in terms if term.weight > 0]
+    kind = "text" if any(term.kind == "text" for term in positive or terms) else "image"
+    return (total / norm).astype(np.float32), kind
+
+
+def embed_vector(vector: np.ndarray, dim: int) -> Float[np.ndarray, " dim"]:
+    """A user's own query vector as a unit vector."""
+    return checked_rows(np.asarray(vector).reshape(1, -1), dim)[0]
+
+
+def _decoded(encoder: Encoder, image: Any, fast_decode: bool) -> DecodedImage | Any:
+    """The image as the index would have read it."""
+    if not isinstance(image, (str, os.PathLike)) or encoder.preprocessing is None:
+        return image
+    size = encoder.preprocessing.size if fast_decode else None
+    return read_image(read_file(image), fast_decode=size).pixels

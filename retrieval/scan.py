@@ -1,0 +1,150 @@
+"""Which image files a folder holds: names as bytes, sizes and times, loops and unreadable places reported."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmalign.errors import InputError
+
+__all__ = ["IMAGE_SUFFIXES", "FoundFile", "ScanResult", "parse_shard", "scan"]
+
+# What counts as an image by name. Content decides in the end: these are the files worth opening.
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".ico", ".icns", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".tga", ".dds", ".psd", ".qoi", ".sgi", ".mpo", ".exr"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file below the root. `path` is relative, with `/`, as the file system has it."""
+
+    path: bytes
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class ScanResult:
+    """Files in byte order of their paths; places that could not be looked into."""
+
+    files: list[FoundFile] = field(default_factory=list)
+    problems: list[tuple[bytes, str, str]] = field(default_factory=list)
+    closed_folders: list[bytes] = field(default_factory=list)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`"0/4"` as (0, 4): the first of four parts.
+
+    Raises:
+        InputError: not of that form, or the part is not below the count.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"shard {text!r} is not of the form I/N with I from 0 to N-1, for example 0/4")
+    return int(match[1]), int(match[2])
+
+
+def scan(
+    root: Path,
+    *,
+    follow_links: bool = False,
+    all_files: bool = False,
+    hidden: bool = False,
+    shard: tuple[int, int] | None = None,
+) -> ScanResult:
+    """Walk a folder.
+
+    Args:
+        root: the folder.
+        follow_links: enter linked folders too, each real folder once. Linked files always count.
+        all_files: also files without an image suffix; those that are no images will be reported as skipped.
+        hidden: also names that start with a dot (thumbnail caches, macOS resource forks).
+        shard: (i, n) keeps the i-th of n parts, by a hash of the path.
+
+    Raises:
+        InputError: the root is missing, no folder, or may not be read.
+    """
+    if not root.exists():
+        raise InputError(f"{str(root)!r} does not exist; check the path, and that its disk is mounted")
+    if not root.is_dir():
+        raise InputError(f"{str(root)!r} is a file; give the folder it is in")
+    result = ScanResult()
+    for found in _walk(os.fsencode(root), b"", follow_links, all_files, hidden, result, set()):
+        if (
+            shard is None
+            or int.from_bytes(hashlib.sha1(found.path).digest()[:8], "big") % shard[1] == shard[0]
+        ):
+            result.files.append(found)
+    if b"" in result.closed_folders:
+        raise InputError(f"folder {str(root)!r} may not be read; change its permissions")
+    result.files.sort(key=lambda found: found.path)
+    return result
+
+
+def _walk(
+    root: bytes,
+    below: bytes,
+    follow_links: bool,
+    all_files: bool,
+    hidden: bool,
+    result: ScanResult,
+    seen: set[tuple[int, int]],
+) -> Iterator[FoundFile]:
+    waiting = [below]
+    while waiting:
+        folder = waiting.pop()
+        here = os.path.join(root, folder) if folder else root
+        try:
+            if follow_links:
+                about = os.stat(here)
+                if (about.st_dev, about.st_ino) in seen:
+                    continue
+                seen.add((about.st_dev, about.st_ino))
+            with os.scandir(here) as listing:
+                entries = list(listing)
+        except OSError as error:
+            result.closed_folders.append(folder)
+            result.problems.append((folder, "permission", f"folder cannot be read: {error.strerror}"))
+            continue
+        if any(entry.name == b"CURRENT" for entry in entries) and any(
+            entry.name.startswith(b"manifest-") for entry in entries
+        ):
+            continue  # an index of ours
+        for entry in entries:
+            if entry.name.startswith(b".") and not hidden:
+                continue
+            path = folder + b"/" + entry.name if folder else entry.name
+            yield from _look(entry, path, follow_links, all_files, result, waiting)
+
+
+def _look(
+    entry: os.DirEntry[bytes],
+    path: bytes,
+    follow_links: bool,
+    all_files: bool,
+    result: ScanResult,
+    waiting: list[bytes],
+) -> Iterator[FoundFile]:
+    try:
+        if entry.is_dir(follow_symlinks=False) or (follow_links and entry.is_dir()):
+            waiting.append(path)
+            return
+        suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()
+        if not all_files and suffix not in IMAGE_SUFFIXES:
+            return
+        if entry.is_symlink() and entry.is_dir():
+            return
+        about = entry.stat()
+    except OSError as error:
+        # Broken links, links to themselves, files that vanished since the listing.
+        result.problems.append((path, "missing", f"cannot be looked at: {error.strerror}"))
+        return
+    if entry.is_file():
+        yield FoundFile(path, about.st_size, about.st_mtime_ns)
+    else:
+        result.problems.append((path, "not_a_file", "is not a regular file"))

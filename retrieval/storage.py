@@ -1,0 +1,333 @@
+"""The index folder: immutable files, a manifest that names them, one pointer that is replaced last.
+
+    INDEX/
+      CURRENT                   name of the manifest in force
+      manifest-000007.json      what belongs together: encoder, rows, FAISS settings, size and SHA-256 of every file
+      vectors-000003-0.npy      float32 rows, unit norm: the truth; one or more segments
+      items-000007-0.arrow      one line an image file: path, size, time, content hash, vector row
+      metadata-000005-0.arrow   the user's own columns, by item id
+      faiss-000005-0.index      a cache over the first rows, rebuilt from the vectors at will
+      skipped-000007-0.jsonl    files that could not be read, with the reason
+      LOCK, writer.json         held while somebody writes
+
+A file is written under its final name by exactly one generation and never changed. A new generation names old and new
+files; readers see it when CURRENT has been replaced, and a writer that dies leaves CURRENT as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from mmalign.errors import IndexDamagedError, IndexLockedError, InputError, MMAlignError
+
+__all__ = ["FORMAT_VERSION", "Manifest", "Store", "Writer"]
+
+FORMAT_VERSION = 1
+# Exactly our own file names: an index folder may be one in which somebody keeps other things.
+_OURS = re.compile(
+    r"(\.tmp-)?(manifest-(\d{6})\.json|(vectors|items|metadata|faiss|skipped)-(\d{6})-\d+\.(npy|arrow|index|jsonl))"
+    r"|(\.tmp-)?CURRENT|LOCK|writer\.json"
+)
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads an index folder; `write` gives the one writer."""
+
+    folder: Path
+
+    def exists(self) -> bool:
+        """Whether the folder holds an index."""
+        return (self.folder / "CURRENT").is_file()
+
+    def read_manifest(self) -> Manifest:
+        """The manifest in force, its files checked by presence and size.
+
+        Raises:
+            InputError: no index here.
+            IndexDamagedError: a file is missing or has another size, or the format is newer.
+        """
+        for attempt in range(3):
+            name = self._current()
+            manifest = self._parse(name)
+            problems = list(self._check_sizes(manifest))
+            if not problems:
+                return manifest
+            # A writer may have moved on and cleared old files between our two reads.
+            if attempt == 2 or self._current() == name:
+                raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problems[0]}; {_REPAIR}")
+        raise AssertionError("unreachable")
+
+    def check_contents(self, manifest: Manifest) -> Iterator[str]:
+        """Yield a line for every file whose size or SHA-256 is not what the manifest says."""
+        broken = dict.fromkeys(manifest["files"], "")
+        for name, about in manifest["files"].items():
+            problem = self._check_size(name, about)
+            if problem is None and _sha256(self.folder / name) != about["sha256"]:
+                problem = f"{name} was altered (its SHA-256 is not the recorded one)"
+            if problem:
+                broken[name] = problem
+                yield problem
+
+    def _current(self) -> str:
+        try:
+            name = (self.folder / "CURRENT").read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            raise InputError(
+                f"{str(self.folder)!r} is not an index; make one with `mmalign index FOLDER --out {self.folder}`"
+            ) from None
+        except NotADirectoryError:
+            raise InputError(f"{str(self.folder)!r} is a file, not an index folder") from None
+        except UnicodeDecodeError:
+            name = ""
+        except OSError as error:
+            raise InputError(f"index {str(self.folder)!r} cannot be read: {error.strerror}") from None
+        if not (name.startswith("manifest-") and name.endswith(".json") and "/" not in name):
+            raise IndexDamagedError(
+                f"{str(self.folder / 'CURRENT')!r} does not name a manifest ({name[:40]!r}); write the name of the "
+                "newest manifest-*.json into it, or index the folder again"
+            )
+        return name
+
+    def _parse(self, name: str) -> Manifest:
+        path = self.folder / name
+        try:
+            sealed = json.loads(path.read_text(encoding="utf-8"))
+            manifest, seal = sealed["manifest"], sealed["sha256"]
+            format_version = manifest["format"]
+        except FileNotFoundError:
+            raise IndexDamagedError(
+                f"index {str(self.folder)!r} is damaged: {name} is missing; {_OLDER}"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise IndexDamagedError(
+                f"index {str(self.folder)!r} is damaged: {name} is not readable; {_OLDER}"
+            ) from None
+        if format_version > FORMAT_VERSION:
+            raise IndexDamagedError(
+                f"index {str(self.folder)!r} has format {format_version}, this mmalign reads up to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U mmalign`"
+            )
+        if _seal(manifest) != seal:
+            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} was altered; {_OLDER}")
+        return manifest
+
+    def _check_sizes(self, manifest: Manifest) -> Iterator[str]:
+        for name, about in manifest["files"].items():
+            problem = self._check_size(name, about)
+            if problem:
+                yield problem
+
+    def _check_size(self, name: str, about: dict[str, Any]) -> str | None:
+        try:
+            size = (self.folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        return None if size == about["size"] else f"{name} has {size} bytes instead of {about['size']}"
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Writer]:
+        """Hold the writer's lock.
+
+        Raises:
+            IndexLockedError: another process holds it.
+            InputError: the folder cannot be written.
+        """
+        existed = self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            foreign = (
+                None
+                if self.exists()
+                else next(
+                    (path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None
+                )
+            )
+            if foreign is not None:
+                raise InputError(
+                    f"{str(self.folder)!r} is no index and holds other files ({foreign!r}); choose a new folder "
+                    "with --out"
+                )
+            lock = filelock.FileLock(self.folder / "LOCK", timeout=0)
+            lock.acquire()
+        except filelock.Timeout:
+            raise IndexLockedError(
+                f"index {str(self.folder)!r} is being written by {self._writer()}; wait for it to end"
+            ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{str(self.folder)!r} is a file; choose a folder with --out") from None
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {str(self.folder)!r} ({error.strerror}); choose another place with --out"
+            ) from None
+        try:
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            with full_disk_is_explained(self.folder):
+                (self.folder / "writer.json").write_text(json.dumps(about), encoding="utf-8")
+            yield Writer(self)
+        finally:
+            (self.folder / "writer.json").unlink(missing_ok=True)
+            if not existed and not self.exists():
+                (self.folder / "LOCK").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            lock.release()
+
+    def _writer(self) -> str:
+        try:
+            about = json.loads((self.folder / "writer.json").read_text(encoding="utf-8"))
+            return f"process {about['pid']} on {about['host']} since {about['since']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+
+_REPAIR = "`mmalign verify INDEX` names every damaged file and the remedy"
+_OLDER = (
+    "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise index the folder again"
+)
+
+
+class Writer:
+    """Adds files and publishes generations; made by `Store.write`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.folder = store.folder
+        self.written: dict[str, dict[str, Any]] = {}
+        kept = store.read_manifest() if store.exists() else None
+        self.generation = self._highest() + 1
+        self._count = 0
+        self._clear(kept)
+
+    def add(self, kind: str, suffix: str, fill: Callable[[IO[bytes]], object]) -> str:
+        """Write one file and return its name. `fill` gets a binary file; what it wrote is hashed and synced."""
+        name = f"{kind}-{self.generation:06d}-{self._count}{suffix}"
+        self._count += 1
+        temporary = self.folder / f".tmp-{name}"
+        with full_disk_is_explained(self.folder):
+            try:
+                with temporary.open("wb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.written[name] = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
+                temporary.replace(self.folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return name
+
+    def publish(self, manifest: Manifest, names: list[str]) -> Manifest:
+        """Make a generation of the named files, old or new, the one in force; returns its manifest."""
+        previous = self.store.read_manifest() if self.store.exists() else None
+        known = {**(previous["files"] if previous else {}), **self.written}
+        manifest = {
+            **manifest,
+            "format": FORMAT_VERSION,
+            "generation": self.generation,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "libraries": {
+                name: _version(name) for name in ("mmalign", "torch", "faiss-cpu", "numpy", "pillow")
+            },
+            "files": {name: known[name] for name in names},
+        }
+        name = f"manifest-{self.generation:06d}.json"
+        sealed = json.dumps({"sha256": _seal(manifest), "manifest": manifest}, indent=1).encode()
+        with full_disk_is_explained(self.folder):
+            self._sync_folder()
+            self._replace(name, sealed)
+            self._replace("CURRENT", f"{name}\n".encode())
+        self.generation += 1
+        self._count = 0
+        self._clear(manifest, previous)
+        return manifest
+
+    def abandon(self) -> None:
+        """After a failure: clear what belongs to no generation, so that a first build that failed leaves nothing."""
+        self._clear(self.store.read_manifest() if self.store.exists() else None)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        temporary = self.folder / f".tmp-{name}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        if os.name == "posix":
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _highest(self) -> int:
+        matches = (_OURS.fullmatch(path.name) for path in self.folder.iterdir())
+        return max((int(match[3] or match[5] or 0) for match in matches if match), default=0)
+
+    def _clear(self, *kept: Manifest | None) -> None:
+        """Remove what neither the generation in force nor the one before needs: leftovers of writers that died."""
+        needed = {name for manifest in kept if manifest for name in manifest["files"]}
+        needed |= {f"manifest-{manifest['generation']:06d}.json" for manifest in kept if manifest}
+        needed |= {"CURRENT", "LOCK", "writer.json"}
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in needed:
+                # Windows refuses while a reader has the file open; the next writer tries again.
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def full_disk_is_explained(folder: Path) -> Iterator[None]:
+    """Turn an OSError of a write into an error that says what became of the index."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MMAlignError):
+            raise
+        remedy = (
+            "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+        )
+        raise InputError(
+            f"writing to {str(folder)!r} failed ({error.strerror or error}); the index is as it was at the last "
+            f"checkpoint; {remedy} and run the same command again"
+        ) from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _seal(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except Exception:
+        return None
