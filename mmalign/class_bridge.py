@@ -45,13 +45,14 @@ def class_bridge(
             the mean vector is taken. A bare name is used as itself and as "a photo of a NAME".
         temperature: divides the logits before the softmax; above 1 spreads over more classes.
 
+    Returns:
+        An encoder made of the two, on the classifier's device; they are not copied.
+
     Raises:
         InputError: the number of names is not the number of logits, or a tower is missing.
     """
     if "image" not in classifier.modalities or "text" not in text_encoder.modalities:
-        raise InputError(
-            f"class_bridge needs an image classifier and a text encoder, got {classifier}, {text_encoder}"
-        )
+        raise InputError(f"class_bridge needs an image classifier and a text encoder, got {classifier}, {text_encoder}")
     if len(class_names) != classifier.dim:
         raise InputError(
             f"{len(class_names)} class names for a classifier with {classifier.dim} logits; give one entry a class"
@@ -60,7 +61,8 @@ def class_bridge(
     flat = torch.from_numpy(text_encoder.encode_texts([text for group in texts for text in group]))
     means = torch.stack([group.mean(dim=0) for group in flat.split([len(group) for group in texts])])
     vectors, centre = centred_class_vectors(means)
-    return ClassBridgeEncoder(classifier, text_encoder, vectors, centre, temperature=temperature, spec=spec)
+    bridge = ClassBridgeEncoder(classifier, text_encoder, vectors, centre, temperature=temperature, spec=spec)
+    return bridge.to(classifier.device, classifier.dtype)
 
 
 def centred_class_vectors(
@@ -116,9 +118,7 @@ class ClassBridgeEncoder(Encoder):
         """The classifier's; the class vectors stay in float32."""
         return self.classifier.image_module
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Expected class vector."""
         logits = self.classifier.image_features(pixel_values)
         return bridge_images(logits, self.model.get_buffer("class_vectors"), self.temperature)
@@ -126,9 +126,7 @@ class ClassBridgeEncoder(Encoder):
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         """Unit text vector minus the mean over classes."""
         self.text_encoder.device = self.device
-        return nn.functional.normalize(
-            self.text_encoder.text_features(texts), dim=-1
-        ) - self.model.get_buffer("centre")
+        return nn.functional.normalize(self.text_encoder.text_features(texts), dim=-1) - self.model.get_buffer("centre")
 
     def describe(self) -> dict[str, Any]:
         """Both parts and the temperature."""

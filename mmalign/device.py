@@ -34,10 +34,8 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {str(device)!r} is not usable here ({reason}); use cpu, cuda or mps"
-        ) from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"device {str(device)!r} is not usable here ({reason}); use cpu, cuda or mps") from None
     return resolved
 
 
@@ -54,7 +52,6 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-@torch.inference_mode()
 def fastest_cpu_dtype(
     module: nn.Module,
     forward: Callable[[Float[Tensor, "batch 3 height width"]], Tensor],
@@ -63,14 +60,24 @@ def fastest_cpu_dtype(
     """bfloat16 where a timed `forward` with the weights of `module` in bfloat16 is at least 1.2 times faster.
 
     `autocast` gains little on a CPU; weights cast once gain up to 3 times on CPUs with AVX512-BF16 or AMX and lose on
-    those that emulate it, hence the measurement. `module` is left in bfloat16: cast it to what was chosen.
+    those that emulate it, hence the measurement. `module` is left as it was found, its tensors the very same: a round
+    trip through bfloat16 would round them.
     """
+    parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        module.to(dtype)
-        inputs = example.to(dtype)
-        forward(inputs)
-        start = time.perf_counter()
-        forward(inputs)
-        seconds[dtype] = time.perf_counter() - start
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            module.to(dtype)
+            inputs = example.to(dtype)
+            with torch.inference_mode():
+                forward(inputs)
+                start = time.perf_counter()
+                forward(inputs)
+                seconds[dtype] = time.perf_counter() - start
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else torch.float32

@@ -18,7 +18,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -83,9 +83,7 @@ _EXTREME_ASPECT = 50
 # Identified by Pillow, but not decoded at all, or only by starting another program on an untrusted file.
 _UNDECODABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 # Their signatures are long enough that a file which fails to parse is a damaged image, not something else.
-_SIGNED = frozenset(
-    ("AVIF", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PNG", "PSD", "QOI", "TIFF", "WEBP")
-)
+_SIGNED = frozenset(("AVIF", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PNG", "PSD", "QOI", "TIFF", "WEBP"))
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis"})
 _JPEG_END = b"\xff\xd9"
 
@@ -241,7 +239,7 @@ def read_image(
     except (UnreadableImageError, InputError):
         raise
     except Exception as error:
-        raise _explain(error, data, image_format, name) from error
+        raise _explain(error, data, image_format, name, header) from error
     return _finish(pixels, image_format, flags)
 
 
@@ -277,16 +275,25 @@ def _named_bytes(source: Any) -> tuple[str, bytes]:
     raise InputError(f"an image must be a path, bytes, Pillow image, array or tensor, not {kind}")
 
 
-def _ends_early(error: Exception, data: bytes, image_format: str | None) -> bool:
-    announced = isinstance(error, EOFError) or "truncated" in str(error).lower()
-    return announced or bool(data and image_format and _is_cut(data, image_format))
+def _ends_early(error: Exception, data: bytes, image_format: str, image: Image.Image | None) -> bool:
+    """Whether decoding failed for want of data, rather than because of what the data say."""
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return True
+    with suppress(Exception):  # tags of any type, in a damaged TIFF
+        tags: Any = getattr(image, "tag_v2", {})
+        for offsets, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
+            if any(a + b > len(data) for a, b in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)):
+                return bool(data)
+    return bool(data) and _is_cut(data, image_format)
 
 
-def _explain(error: Exception, data: bytes, image_format: str, name: str) -> UnreadableImageError:
+def _explain(
+    error: Exception, data: bytes, image_format: str, name: str, image: Image.Image | None = None
+) -> UnreadableImageError:
     text = _one_line(error)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return _refusal("too_large", name, f"{image_format}: {text}")
-    if _ends_early(error, data, image_format):
+    if _ends_early(error, data, image_format, image):
         return _refusal("truncated", name, f"{image_format} data end before the image does ({text})")
     return _refusal("corrupt", name, f"{image_format} data cannot be decoded ({text})")
 
@@ -350,8 +357,7 @@ def _is_cut(data: bytes, image_format: str) -> bool:
     if image_format == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     if image_format == "TIFF":
-        order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-        return len(data) <= int.from_bytes(data[4:8], order)
+        return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
     if image_format in ("AVIF", "HEIF"):
         box = 0
         while box + 8 <= len(data):
@@ -485,7 +491,7 @@ def _decode_with_pillow(
     except Exception as error:
         if not (tolerate and isinstance(image, ImageFile.ImageFile)):
             raise
-        if not _ends_early(error, data, image.format):
+        if not _ends_early(error, data, image.format or "", image):
             raise
         # The rows decoded so far are in place: without tiles left to decode, `load` accepts them.
         image.tile = []
@@ -504,6 +510,8 @@ def _raw_mode(tile: Any) -> str:
 
 def _orientation(image: Image.Image, flags: set[str]) -> int:
     try:
+        if image.info.get("exif"):
+            Image.Exif().load(image.info["exif"])  # raises, where `getexif` may have kept silent
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # the parser raises whatever the bytes lead it to; the pixels are not affected
         flags.add("bad_exif")
@@ -536,6 +544,8 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], flags: set[str
     elif mode in ("YCbCr", "LAB", "HSV"):
         flags.add("colorspace")
 
+    if mode == "La":
+        image = image.convert("LA")
     transparent = image.info.get("transparency")
     if mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -611,8 +621,9 @@ class ImagePreprocessing:
 
     uint8 pixels follow the encoders' own Pillow pipelines (open_clip, timm) to one level of 255, rounding of
     sizes and crop offsets included; a Pillow that resizes columns before rows, as recent ones do where it is
-    cheaper, differs by more in about one pixel of ten thousand. Float pixels in [0, 1] take the same steps differentiably: the bicubic
-    kernel's overshoot is clipped to [0, 1] as Pillow does, while its gradient passes unchanged.
+    cheaper, differs by more in about one pixel of ten thousand. Float pixels in [0, 1] take the same steps
+    differentiably: what the bicubic kernel overshoots is clipped to [0, 1], as Pillow does, while its
+    gradient passes unchanged.
 
     Attributes:
         size: (height, width) of the encoder's input.

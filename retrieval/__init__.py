@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .build import UpdateReport
     from .grid import draw_grid
-    from .index import Hit, ImageIndex
+    from .hits import Hit
+    from .index import ImageIndex
     from .interop import export_clip_retrieval, import_clip_retrieval
     from .items import Item
     from .merge import merge_indexes
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Hit": "index",
+    "Hit": "hits",
     "ImageIndex": "index",
     "Item": "items",
     "Term": "query",

@@ -183,9 +183,9 @@ def add_images(
                     raise failure
                 state.take(batch.outcomes, batch.vectors)
                 advance(len(batch.outcomes))
-            for path, positions in numbers.items():
+            for raw, positions in numbers.items():
                 for position in positions:
-                    ids[position] = draft.items.id[state.known[path]]
+                    ids[position] = draft.items.id[state.known[raw]]
     return ids
 
 
@@ -287,7 +287,7 @@ class _State:
 
     def take(self, outcomes: list[Outcome[FoundFile, _Loaded]], vectors: Any) -> None:
         """Enter a batch, in the order of the files."""
-        wanted = []
+        wanted: list[int] = []
         first = self.draft.rows
         for outcome in outcomes:
             if outcome.vector is not None and outcome.payload is not None:
@@ -381,14 +381,10 @@ class _State:
         self.report.removed = len(doomed)
 
 
-def _apply_metadata(
-    draft: Draft, root: Path, root_number: int, metadata: Path | None, report: UpdateReport
-) -> None:
+def _apply_metadata(draft: Draft, root: Path, root_number: int, metadata: Path | None, report: UpdateReport) -> None:
     settings = draft.manifest["settings"]
     remembered = settings.get("metadata_file")
-    path = metadata or (
-        Path(remembered) if remembered and Path(remembered).is_file() else find_metadata(root)
-    )
+    path = metadata or (Path(remembered) if remembered and Path(remembered).is_file() else find_metadata(root))
     if path is None:
         return
     items = draft.items

@@ -67,20 +67,14 @@ class Calibration:
     image: Float[np.ndarray, " references"]
 
     @classmethod
-    def measure(
-        cls, vectors: Vectors, alive: np.ndarray, text_queries: np.ndarray | None
-    ) -> Calibration | None:
+    def measure(cls, vectors: Vectors, alive: np.ndarray, text_queries: np.ndarray | None) -> Calibration | None:
         """Take the levels from an index; `None` for fewer than 8 items, which say nothing about chance."""
         rows = background_rows(alive)
         if len(rows) < 8:
             return None
         background = vectors.gather(rows)
         n = int(alive.sum())
-        text = (
-            best_by_chance(text_queries, background, n)
-            if text_queries is not None
-            else np.zeros(0, np.float32)
-        )
+        text = best_by_chance(text_queries, background, n) if text_queries is not None else np.zeros(0, np.float32)
         return cls(text, best_by_chance(background, background, n, leave_one_out=True))
 
     def match(self, scores: np.ndarray, kind: str) -> Float[np.ndarray, ...]:

@@ -34,9 +34,7 @@ CHECKPOINT_SECONDS = 30.0
 class Draft:
     """Holds the item table in memory and new vectors until the next checkpoint; old vectors stay on disk."""
 
-    def __init__(
-        self, writer: Writer, manifest: Manifest, *, checkpoint_seconds: float = CHECKPOINT_SECONDS
-    ) -> None:
+    def __init__(self, writer: Writer, manifest: Manifest, *, checkpoint_seconds: float = CHECKPOINT_SECONDS) -> None:
         self.writer = writer
         self.folder = writer.folder
         self.manifest = manifest
@@ -54,9 +52,7 @@ class Draft:
         self._changed = False
 
     @classmethod
-    def start(
-        cls, store: Store, writer: Writer, encoder: dict[str, Any], roots: list[Path], **options: Any
-    ) -> Draft:
+    def start(cls, store: Store, writer: Writer, encoder: dict[str, Any], roots: list[Path], **options: Any) -> Draft:
         """The draft of a new index."""
         manifest: Manifest = {
             "encoder": encoder,
@@ -85,6 +81,14 @@ class Draft:
             self._changed = True
         return first
 
+    def stream_rows(self, pieces: Iterable[np.ndarray], rows: int) -> None:
+        """Write many unit rows straight to disk as a segment of their own."""
+        self._flush()
+        if rows:
+            self._add_segment(pieces, rows)
+            self.rows += rows
+            self._changed = True
+
     def add_item(self, **values: Any) -> int:
         """Append a line to the item table; returns its id."""
         number = int(self.manifest["next_id"])
@@ -102,9 +106,7 @@ class Draft:
         if table is None:
             self.manifest["metadata"] = None
         else:
-            self.manifest["metadata"] = self.writer.add(
-                "metadata", ".arrow", lambda file: write_arrow(table, file)
-            )
+            self.manifest["metadata"] = self.writer.add("metadata", ".arrow", lambda file: write_arrow(table, file))
         self._changed = True
 
     def metadata(self) -> pa.Table | None:
@@ -165,9 +167,9 @@ class Draft:
         vectors = self.vectors()
         if len(vectors) and self._faiss_is_stale(memory_bytes, force):
             if text_queries is not None:
-                self._write_queries(text_queries)
+                self.write_queries(text_queries)
             elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
-                self._write_queries(encoder.encode_texts(query_bank()))
+                self.write_queries(encoder.encode_texts(query_bank()))
             self._build_faiss(vectors, wanted_recall, memory_bytes, force, progress)
             alive = np.zeros(len(vectors), bool)
             alive[self.items.row] = True
@@ -273,7 +275,8 @@ class Draft:
 
         return self.writer.add("skipped", ".jsonl", fill)
 
-    def _write_queries(self, queries: np.ndarray) -> None:
+    def write_queries(self, queries: np.ndarray) -> None:
+        """Keep unit rows of reference text queries, for tuning and calibration."""
         self.manifest["queries"] = self.writer.add(
             "vectors", ".npy", lambda file: write_rows(file, [queries], len(queries), self.dim)
         )

@@ -70,9 +70,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise InputError(
-            "FAISS is not installed; run `pip install mmalign[cpu]` (or `mmalign[gpu]`)"
-        ) from None
+        raise InputError("FAISS is not installed; run `pip install mmalign[cpu]` (or `mmalign[gpu]`)") from None
     return faiss
 
 
@@ -156,9 +154,7 @@ def _plan_of(factory: str, rows: int) -> Plan:
 def _innermost(faiss: Any, index: Any) -> Any:
     index = faiss.downcast_index(index)
     while isinstance(index, (faiss.IndexPreTransform, faiss.IndexRefine)):
-        index = faiss.downcast_index(
-            index.index if isinstance(index, faiss.IndexPreTransform) else index.base_index
-        )
+        index = faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index.base_index)
     return index
 
 
@@ -177,11 +173,7 @@ def build(vectors: Vectors, rows: int, plan: Plan, *, progress: bool = False, se
             inner.cp.niter = 10
             inner.cp.seed = seed + 1234
         sample = min(rows, max(64 * lists, 65_536))
-        chosen = (
-            np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
-            if sample < rows
-            else None
-        )
+        chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False)) if sample < rows else None
         index.train(vectors.gather(np.arange(rows) if chosen is None else chosen))
     with progress_bar("building the FAISS index", rows, unit="vectors", enabled=progress) as advance:
         for _, piece in vectors.chunks(0, rows):
@@ -264,9 +256,7 @@ def exact_search(
     best_scores = np.full((len(queries), 0), -np.inf, np.float32)
     best_rows = np.zeros((len(queries), 0), np.int64)
     if rows is None:
-        pieces = (
-            (np.arange(first, first + len(piece)), piece) for first, piece in vectors.chunks(start, stop)
-        )
+        pieces = ((np.arange(first, first + len(piece)), piece) for first, piece in vectors.chunks(start, stop))
     else:
         pieces = ((part, vectors.gather(part)) for part in np.array_split(rows, max(1, len(rows) // 65_536)))
     for numbers, piece in pieces:
@@ -364,16 +354,12 @@ def tune(
         if stronger == parameters and candidates >= 240:
             break
         # More candidates cost little beside a wider probe, so they are tried first where vectors are coarse.
-        if stronger == parameters or (
-            candidates < 120 and plan.candidates >= 30 and candidates <= plan.candidates
-        ):
+        if stronger == parameters or (candidates < 120 and plan.candidates >= 30 and candidates <= plan.candidates):
             candidates = min(2 * candidates, 240)
         else:
             parameters = stronger
     half = 1.96 * float(hits.std()) / math.sqrt(len(hits))
-    return Tuning(
-        parameters, candidates, recall, max(0.0, recall - half), min(1.0, recall + half), len(hits), kind
-    )
+    return Tuning(parameters, candidates, recall, max(0.0, recall - half), min(1.0, recall + half), len(hits), kind)
 
 
 def _machine_memory() -> int:

@@ -16,9 +16,7 @@ __all__ = ["kept_ids"]
 _KEY_VALUE = re.compile(r"\s*([^\W\d]\w*)\s*=\s*([^=<>'\"()]*?)\s*")
 
 
-def kept_ids(
-    items: pa.Table, metadata: pa.Table | None, where: str | Sequence[str]
-) -> Int[np.ndarray, " kept"]:
+def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[str]) -> Int[np.ndarray, " kept"]:
     """Ids of the items for which every condition holds.
 
     Args:
@@ -37,9 +35,7 @@ def kept_ids(
         pair = _KEY_VALUE.fullmatch(condition)
         if pair:
             column = '"' + pair[1] + '"'
-            clauses.append(
-                f"(CAST({column} AS VARCHAR) = ? OR TRY_CAST({column} AS DOUBLE) = TRY_CAST(? AS DOUBLE))"
-            )
+            clauses.append(f"(CAST({column} AS VARCHAR) = ? OR TRY_CAST({column} AS DOUBLE) = TRY_CAST(? AS DOUBLE))")
             values += [pair[2], pair[2]]
         elif not condition.strip():
             raise InputError('a filter is empty; give for example "width > 1000" or city=Rome')
@@ -56,18 +52,14 @@ def kept_ids(
             connection.register("meta", metadata)
             source = "items LEFT JOIN meta ON items.id = meta.id"
             extra = [
-                f'meta."{name}"'
-                for name in metadata.column_names
-                if name not in (*items.column_names, "modified")
+                f'meta."{name}"' for name in metadata.column_names if name not in (*items.column_names, "modified")
             ]
         columns = ", ".join(["items.*", "make_timestamp(items.mtime_ns // 1000) AS modified", *extra])
         statement = f"SELECT id FROM (SELECT {columns} FROM {source}) WHERE {' AND '.join(clauses)}"
         found = connection.execute(statement, values).fetchnumpy()["id"]
     except duckdb.Error as error:
         reason = str(error).splitlines()[0]
-        names = [
-            name for name in items.column_names if name not in ("path_bytes", "sha256", "mtime_ns", "row")
-        ]
+        names = [name for name in items.column_names if name not in ("path_bytes", "sha256", "mtime_ns", "row")]
         names += ["modified", *(metadata.column_names if metadata is not None else [])]
         raise InputError(
             f"filter {' AND '.join(conditions)!r} is not understood ({reason}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,69 +19,22 @@ from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
 from mmalign.errors import EncoderMismatchError, IndexDamagedError, InputError
 
 from . import faiss_index
-from .build import DecodeSettings, ScanSettings, UpdateReport, add_images, update_folder
+from .build import DecodeSettings, UpdateReport, add_images
 from .calibration import Calibration
+from .change import append_vectors, apply_update, describe_encoder, draft_options
 from .draft import Draft, read_skipped, resolve_roots, store_roots
+from .duplicates import find_duplicates
 from .filters import kept_ids
-from .items import NO_HASH, Item, Items, display_path, iterate, read_arrow
+from .hits import Hit
+from .items import Item, Items, display_path, iterate, read_arrow
+from .planner import search_rows
 from .query import Query, Term, as_terms, embed_query, embed_vector
 from .storage import Manifest, Store
-from .vectors import Vectors, checked_rows
+from .vectors import Vectors
 
 __all__ = ["DEFAULT_FOLDER", "Hit", "ImageIndex", "find_index"]
 
 DEFAULT_FOLDER = ".mmalign"
-
-# Below this many kept rows an exact scan of them beats any index; above, results are filtered and counted.
-_SCAN_ROWS = 20_000
-_SCAN_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result.
-
-    Attributes:
-        rank: from 1.
-        score: cosine between query and image, in [-1, 1].
-        match: in [0, 1], how far above chance the cosine is in this index (see `retrieval.calibration`); `None` for
-            indexes of fewer than 8 images.
-        item: the image file.
-        aliases: further files with the same content.
-        metadata: the user's columns.
-    """
-
-    rank: int
-    score: float
-    match: float | None
-    item: Item
-    aliases: tuple[Path, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """Where the image is."""
-        return self.item.path
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; a path that is no UTF-8 comes escaped in `name` and raw, surrogate-escaped, in `path`."""
-        return {
-            "rank": self.rank,
-            "score": round(self.score, 6),
-            "match": None if self.match is None else round(self.match, 4),
-            "id": self.item.id,
-            "path": os.fspath(self.item.path),
-            "name": self.item.name,
-            "width": self.item.width,
-            "height": self.item.height,
-            "format": self.item.format,
-            "flags": list(self.item.flags),
-            "sha256": self.item.sha256,
-            "aliases": [os.fspath(path) for path in self.aliases],
-            "metadata": {
-                key: value if _is_plain(value) else str(value) for key, value in self.metadata.items()
-            },
-        }
 
 
 class ImageIndex:
@@ -159,9 +112,7 @@ class ImageIndex:
         """
         root = Path(folder)
         if not root.is_dir():
-            kind = (
-                "is a file; give the folder it is in" if root.exists() else "does not exist; check the path"
-            )
+            kind = "is a file; give the folder it is in" if root.exists() else "does not exist; check the path"
             raise InputError(f"{str(root)!r} {kind}")
         store = Store(Path(out) if out is not None else root / DEFAULT_FOLDER)
         if store.exists():
@@ -176,10 +127,8 @@ class ImageIndex:
         encoder._require("image")
         with store.write() as writer:
             try:
-                draft = Draft.start(
-                    store, writer, describe_encoder(encoder), [root], **_draft_options(options)
-                )
-                report = _update(draft, encoder, root, 0, options)
+                draft = Draft.start(store, writer, describe_encoder(encoder), [root], **draft_options(options))
+                report = apply_update(draft, encoder, root, 0, options)
             except BaseException:
                 writer.abandon()
                 raise
@@ -221,19 +170,12 @@ class ImageIndex:
         """
         store = Store(Path(out))
         if store.exists():
-            raise InputError(
-                f"{str(out)!r} holds an index already; choose another folder or `add_vectors` to it"
-            )
-        vectors = np.asarray(vectors)
-        about = (
-            describe_encoder(encoder)
-            if encoder is not None
-            else {"spec": None, "dim": int(vectors.shape[-1])}
-        )
+            raise InputError(f"{str(out)!r} holds an index already; choose another folder or `add_vectors` to it")
+        about = describe_encoder(encoder) if encoder is not None else {"spec": None, "dim": int(vectors.shape[-1])}
         with store.write() as writer:
             try:
                 draft = Draft.start(store, writer, about, [Path(root)] if root is not None else [])
-                _append_vectors(draft, vectors, paths, 0 if root is not None else -1, metadata)
+                append_vectors(draft, vectors, paths, 0 if root is not None else -1, metadata)
                 draft.finish(
                     encoder,
                     factory=factory,
@@ -274,9 +216,7 @@ class ImageIndex:
         return iterate(self.items)
 
     def __repr__(self) -> str:
-        return (
-            f"ImageIndex({str(self.store.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
-        )
+        return f"ImageIndex({str(self.store.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
@@ -347,6 +287,11 @@ class ImageIndex:
         """Files that could not be read, with `path`, `reason` and `message`."""
         return read_skipped(self.store.folder, self.manifest)
 
+    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
+        """Unit rows of the text queries that tune and calibrate the index; `None` where its encoder takes no text."""
+        name = self.manifest["queries"]
+        return np.load(self.store.folder / name, allow_pickle=False) if name else None
+
     def verify(self) -> list[str]:
         """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
         problems = list(self.store.check_contents(self.manifest))
@@ -402,9 +347,10 @@ class ImageIndex:
         else:
             fast = bool(self.manifest["settings"].get("decode", {}).get("fast_decode"))
             vector, kind = embed_query(self.encoder, as_terms(query), fast_decode=fast)
-        mask = self.mask(where) if where is not None else None
+        passing = self.passing(where) if where is not None else None
+        mask = self._rows_of(passing) if passing is not None else None
         scores, rows = self.search_vectors(vector[None], k, mask=mask, exact=exact)
-        return self._hits(scores[0], rows[0], kind, min_match, min_score, mask_ids=where)
+        return self._hits(scores[0], rows[0], kind, min_match, min_score, passing)
 
     def similar(self, image: int | str | os.PathLike[str], k: int = 10, **options: Any) -> list[Hit]:
         """The images most like one of the index (by id or path) or any other image file; itself left out.
@@ -421,9 +367,7 @@ class ImageIndex:
         vector = self.vectors.gather(np.array([row]))[0]
         hits = self.search(vector, k + 1, **options)
         others = [hit for hit in hits if hit.item.row != row][:k]
-        return [
-            Hit(rank, h.score, h.match, h.item, h.aliases, h.metadata) for rank, h in enumerate(others, 1)
-        ]
+        return [replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
 
     def search_vectors(
         self,
@@ -449,52 +393,32 @@ class ImageIndex:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
         queries = np.ascontiguousarray(queries, np.float32)
-        total = len(self.vectors)
-        allowed = self.alive if mask is None else self.alive & mask
-        kept = int(np.count_nonzero(allowed)) if mask is not None else self._alive_count
-        wanted = min(k, kept)
-        if not wanted:
-            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-        about = self.manifest["faiss"]
-        small = kept < total and kept <= max(_SCAN_ROWS, _SCAN_SHARE * total)
-        if exact or small or about is None:
-            rows = None if kept == total else np.flatnonzero(allowed)
-            return faiss_index.exact_search(self.vectors, queries, k, rows=rows)
-        # The k best of an unfiltered ranking that pass the filter are the k best that pass: fetch more, then count.
-        depth = min(
-            about["rows"],
-            int(1.5 * about["candidates"] * k * total / kept) if kept < total else about["candidates"] * k,
+        return search_rows(
+            self.vectors,
+            queries,
+            k,
+            allowed=self.alive if mask is None else self.alive & mask,
+            kept=self._alive_count if mask is None else None,
+            about=None if exact else self.manifest["faiss"],
+            index=lambda: self.faiss,
         )
-        _, found = faiss_index.search(self.faiss, queries, max(depth, wanted))
-        if kept < total:
-            found = np.where((found >= 0) & allowed[found], found, -1)
-        scores, rows = faiss_index.rerank(self.vectors, queries, found, k)
-        if about["rows"] < total:
-            fresh = np.arange(about["rows"], total)
-            fresh = fresh if kept == total else fresh[allowed[fresh]]
-            extra = faiss_index.exact_search(self.vectors, queries, k, rows=fresh)
-            scores, rows = faiss_index.merge_top(scores, rows, *extra, k)
-        short = np.flatnonzero((rows >= 0).sum(axis=1) < wanted)
-        if len(short):
-            # Too few passed among the candidates: the filter asks for what lies far from the query.
-            remaining = np.flatnonzero(allowed)
-            scores[short], rows[short] = faiss_index.exact_search(
-                self.vectors, queries[short], k, rows=remaining
-            )
-        return scores, rows
 
     @cached_property
     def _alive_count(self) -> int:
         return int(np.count_nonzero(self.alive))
 
     def mask(self, where: str | Sequence[str]) -> Bool[np.ndarray, " rows"]:
-        """Vector rows with at least one item for which the filter holds."""
-        mask = np.zeros(len(self.vectors), bool)
-        mask[self.items.numbers("row")[self._passing(where)]] = True
-        return mask
+        """Vector rows with at least one item for which the filter holds, for `search_vectors`."""
+        return self._rows_of(self.passing(where))
 
-    def _passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
+    def passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
+        """Items for which the filter holds; see `retrieval.filters.kept_ids`."""
         return np.isin(self.items.numbers("id"), kept_ids(self.items.table, self.metadata, where))
+
+    def _rows_of(self, passing: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " rows"]:
+        mask = np.zeros(len(self.vectors), bool)
+        mask[self.items.numbers("row")[passing]] = True
+        return mask
 
     def _hits(
         self,
@@ -503,10 +427,9 @@ class ImageIndex:
         kind: str,
         min_match: float | None,
         min_score: float | None,
-        mask_ids: str | Sequence[str] | None,
+        passing: Bool[np.ndarray, " items"] | None,
     ) -> list[Hit]:
         matches = self.calibration.match(scores, kind) if self.calibration else [None] * len(scores)
-        passing = self._passing(mask_ids) if mask_ids is not None else None
         hits: list[Hit] = []
         for score, row, match in zip(scores, rows, matches, strict=True):
             if row < 0:
@@ -530,11 +453,7 @@ class ImageIndex:
         row = self._metadata_rows.get(number)
         if row is None:
             return {}
-        return {
-            name: self.metadata.column(name)[row].as_py()
-            for name in self.metadata.column_names
-            if name != "id"
-        }
+        return {name: self.metadata.column(name)[row].as_py() for name in self.metadata.column_names if name != "id"}
 
     @cached_property
     def _metadata_rows(self) -> dict[int, int]:
@@ -559,43 +478,8 @@ class ImageIndex:
         return None
 
     def duplicates(self, threshold: float | None = None, *, neighbours: int = 20) -> list[list[Item]]:
-        """Groups of images that are the same.
-
-        Args:
-            threshold: cosine from which two different files count as near-duplicates; `None` gives files of equal
-                content only, which is certain.
-            neighbours: how many nearest images of each are looked at.
-
-        Returns:
-            Groups of two or more, largest first.
-        """
-        parent = list(range(len(self.vectors)))
-
-        def find(row: int) -> int:
-            while parent[row] != row:
-                parent[row] = parent[parent[row]]
-                row = parent[row]
-            return row
-
-        if threshold is not None:
-            if not -1 <= threshold <= 1:
-                raise InputError(
-                    f"threshold {threshold} is no cosine; give a number between -1 and 1, such as 0.95"
-                )
-            rows = np.flatnonzero(self.alive)
-            for part in np.array_split(rows, max(1, len(rows) // 1024)):
-                scores, found = self.search_vectors(self.vectors.gather(part), min(neighbours + 1, len(rows)))
-                for number, row in enumerate(part):
-                    for other in found[number][(scores[number] >= threshold) & (found[number] >= 0)]:
-                        parent[find(int(row))] = find(int(other))
-        groups: dict[int, list[int]] = {}
-        for position, row in enumerate(self.items.numbers("row")):
-            groups.setdefault(find(int(row)), []).append(position)
-        shared = [group for group in groups.values() if len(group) > 1]
-        return [
-            [self.items.item(position) for position in group]
-            for group in sorted(shared, key=len, reverse=True)
-        ]
+        """Groups of images that are the same; see `retrieval.duplicates.find_duplicates`."""
+        return find_duplicates(self, threshold, neighbours=neighbours)
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -612,9 +496,9 @@ class ImageIndex:
             InputError, EncoderMismatchError, IndexLockedError: as for `build`.
         """
         encoder = self.encoder
-        with self._drafting(**_draft_options(options)) as draft:
+        with self._drafting(**draft_options(options)) as draft:
             if folder is None:
-                reports = [_update(draft, encoder, root, n, options) for n, root in enumerate(self.roots)]
+                reports = [apply_update(draft, encoder, root, n, options) for n, root in enumerate(self.roots)]
                 if not reports:
                     raise InputError("this index was made from vectors and has no folder; name one to add")
                 report = reports[0]
@@ -627,12 +511,10 @@ class ImageIndex:
             if not known:
                 for path in self.roots:
                     if path.resolve() in root.resolve().parents or root.resolve() in path.resolve().parents:
-                        raise InputError(
-                            f"{str(root)!r} and the indexed {str(path)!r} overlap; index the outer one"
-                        )
+                        raise InputError(f"{str(root)!r} and the indexed {str(path)!r} overlap; index the outer one")
                 draft.manifest["roots"] += store_roots([root], self.store.folder)
                 draft.touch()
-            return _update(draft, encoder, root, known[0] if known else len(self.roots), options)
+            return apply_update(draft, encoder, root, known[0] if known else len(self.roots), options)
 
     def add(self, images: Iterable[str | os.PathLike[str]], *, progress: bool = False) -> list[int]:
         """Add image files by path; returns their ids, those of known files included.
@@ -659,7 +541,7 @@ class ImageIndex:
             InputError: another width, or rows that are zero or not finite.
         """
         with self._drafting() as draft:
-            ids = _append_vectors(draft, np.asarray(vectors), paths, -1, metadata)
+            ids = append_vectors(draft, np.asarray(vectors), paths, -1, metadata)
             draft.finish(self._encoder)
         return ids
 
@@ -673,9 +555,7 @@ class ImageIndex:
         with self._drafting() as draft:
             unknown = wanted - set(draft.items.id)
             if unknown:
-                raise InputError(
-                    f"the index has no items with ids {sorted(unknown)[:5]}; nothing was removed"
-                )
+                raise InputError(f"the index has no items with ids {sorted(unknown)[:5]}; nothing was removed")
             draft.items.keep([number not in wanted for number in draft.items.id])
             draft.touch()
             draft.finish(self._encoder)
@@ -720,80 +600,5 @@ def find_index(path: str | os.PathLike[str]) -> Path:
         if Store(candidate).exists():
             return candidate
     if not given.exists():
-        raise InputError(
-            f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`"
-        )
+        raise InputError(f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`")
     raise InputError(f"{str(given)!r} is not an index and holds none; make one with `mmalign index {given}`")
-
-
-def describe_encoder(encoder: Encoder) -> dict[str, Any]:
-    """The encoder as it stands in the manifest."""
-    return {
-        "spec": encoder.spec,
-        "fingerprint": encoder.fingerprint,
-        "dim": encoder.dim,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "modalities": sorted(encoder.modalities),
-        "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing else None,
-    }
-
-
-_FINISH_OPTIONS = ("factory", "wanted_recall", "text_queries", "memory_bytes")
-
-
-def _draft_options(options: dict[str, Any]) -> dict[str, Any]:
-    seconds = options.pop("checkpoint_seconds", None)
-    return {} if seconds is None else {"checkpoint_seconds": seconds}
-
-
-def _update(draft: Draft, encoder: Encoder, root: Path, number: int, options: dict[str, Any]) -> UpdateReport:
-    options = dict(options)
-    finishing = {name: options.pop(name) for name in _FINISH_OPTIONS if name in options}
-    scanning = ScanSettings(**{name: options.pop(name) for name in vars(ScanSettings()) if name in options})
-    stored = draft.manifest["settings"].get("decode", {})
-    decode = DecodeSettings(
-        **{**stored, **{n: options.pop(n) for n in vars(DecodeSettings()) if n in options}}
-    )
-    draft.manifest["settings"]["decode"] = asdict(decode)
-    report = update_folder(draft, encoder, root, number, decode=decode, scanning=scanning, **options)
-    draft.finish(encoder, progress=bool(options.get("progress")), **finishing)
-    return report
-
-
-def _append_vectors(
-    draft: Draft, vectors: np.ndarray, paths: Sequence[str] | None, root: int, metadata: pa.Table | None
-) -> list[int]:
-    if vectors.ndim != 2:
-        raise InputError(f"vectors have shape {vectors.shape}; give [n, dim]")
-    for name, given in (("paths", paths), ("metadata", metadata)):
-        if given is not None and len(given) != len(vectors):
-            raise InputError(f"{len(given)} {name} for {len(vectors)} vectors; give one a vector")
-    first = draft.rows
-    for start in range(0, len(vectors), 65_536):
-        draft.add_rows(checked_rows(vectors[start : start + 65_536], draft.dim))
-    ids = []
-    for number in range(len(vectors)):
-        name = paths[number] if paths is not None else f"vector-{first + number}"
-        ids.append(
-            draft.add_item(
-                row=first + number,
-                root=root,
-                raw_path=os.fsencode(name),
-                size=0,
-                mtime_ns=0,
-                sha256=NO_HASH,
-                width=0,
-                height=0,
-                format="",
-                flags="",
-            )  # fmt: skip
-        )
-    if metadata is not None:
-        table = metadata.append_column("id", pa.array(ids, pa.int64()))
-        stored = draft.metadata()
-        draft.set_metadata(pa.concat_tables([stored, table], promote_options="default") if stored else table)
-    return ids
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, list, dict))

@@ -81,9 +81,7 @@ class Items:
     def __init__(self, table: pa.Table, roots: Sequence[Path]) -> None:
         self.table = table.combine_chunks() if table.column("id").num_chunks > 1 else table
         self.roots = list(roots)
-        self._columns = [
-            column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in self.table
-        ]
+        self._columns = [column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in self.table]
         self._name = {name: number for number, name in enumerate(self.table.column_names)}
 
     def __len__(self) -> int:
@@ -168,13 +166,9 @@ class ItemColumns:
     def of(cls, items: Items) -> ItemColumns:
         """Copy a stored table."""
         table = items.table
-        columns = {
-            name: table.column(name).to_pylist() for name in table.column_names if not name.startswith("path")
-        }
+        columns = {name: table.column(name).to_pylist() for name in table.column_names if not name.startswith("path")}
         paths, raw = table.column("path").to_pylist(), table.column("path_bytes").to_pylist()
-        return cls(
-            raw_path=[p.encode() if r is None else r for p, r in zip(paths, raw, strict=True)], **columns
-        )
+        return cls(raw_path=[p.encode() if r is None else r for p, r in zip(paths, raw, strict=True)], **columns)
 
     def __len__(self) -> int:
         return len(self.id)
@@ -187,16 +181,12 @@ class ItemColumns:
     def keep(self, mask: Sequence[bool] | np.ndarray) -> None:
         """Drop the lines where the mask is false."""
         for name in self.__dataclass_fields__:
-            setattr(
-                self, name, [value for value, wanted in zip(getattr(self, name), mask, strict=True) if wanted]
-            )
+            setattr(self, name, [value for value, wanted in zip(getattr(self, name), mask, strict=True) if wanted])
 
     def to_table(self) -> pa.Table:
         """In the stored schema, ordered as it is."""
         shown = [display_path(raw) for raw in self.raw_path]
-        exact = [
-            None if raw == text.encode() else raw for raw, text in zip(self.raw_path, shown, strict=True)
-        ]
+        exact = [None if raw == text.encode() else raw for raw, text in zip(self.raw_path, shown, strict=True)]
         columns = [
             self.id, self.row, self.root, shown, exact, self.size, self.mtime_ns, self.sha256, self.width, self.height,
             self.format, self.flags,

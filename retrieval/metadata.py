@@ -45,9 +45,7 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"{str(path)!r} does not exist; check the path") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{str(path)!r} cannot be read as {suffix[1:]} ({reason}); mend or convert it"
-        ) from None
+        raise InputError(f"{str(path)!r} cannot be read as {suffix[1:]} ({reason}); mend or convert it") from None
     raise InputError(f"{str(path)!r} is not .csv, .jsonl or .parquet; convert it to one of these")
 
 

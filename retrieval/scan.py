@@ -15,7 +15,41 @@ __all__ = ["IMAGE_SUFFIXES", "FoundFile", "ScanResult", "parse_shard", "scan"]
 
 # What counts as an image by name. Content decides in the end: these are the files worth opening.
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".ico", ".icns", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".tga", ".dds", ".psd", ".qoi", ".sgi", ".mpo", ".exr"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".ico",
+        ".icns",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pcx",
+        ".tga",
+        ".dds",
+        ".psd",
+        ".qoi",
+        ".sgi",
+        ".mpo",
+        ".exr",
+    ]
 )
 
 
@@ -75,10 +109,7 @@ def scan(
         raise InputError(f"{str(root)!r} is a file; give the folder it is in")
     result = ScanResult()
     for found in _walk(os.fsencode(root), b"", follow_links, all_files, hidden, result, set()):
-        if (
-            shard is None
-            or int.from_bytes(hashlib.sha1(found.path).digest()[:8], "big") % shard[1] == shard[0]
-        ):
+        if shard is None or int.from_bytes(hashlib.sha1(found.path).digest()[:8], "big") % shard[1] == shard[0]:
             result.files.append(found)
     if b"" in result.closed_folders:
         raise InputError(f"folder {str(root)!r} may not be read; change its permissions")

@@ -74,15 +74,17 @@ class Store:
                 raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problems[0]}; {_REPAIR}")
         raise AssertionError("unreachable")
 
+    def read_unchecked(self) -> Manifest:
+        """The manifest in force, whatever became of its files; for finding out what is wrong."""
+        return self._parse(self._current())
+
     def check_contents(self, manifest: Manifest) -> Iterator[str]:
         """Yield a line for every file whose size or SHA-256 is not what the manifest says."""
-        broken = dict.fromkeys(manifest["files"], "")
         for name, about in manifest["files"].items():
             problem = self._check_size(name, about)
             if problem is None and _sha256(self.folder / name) != about["sha256"]:
                 problem = f"{name} was altered (its SHA-256 is not the recorded one)"
             if problem:
-                broken[name] = problem
                 yield problem
 
     def _current(self) -> str:
@@ -112,9 +114,7 @@ class Store:
             manifest, seal = sealed["manifest"], sealed["sha256"]
             format_version = manifest["format"]
         except FileNotFoundError:
-            raise IndexDamagedError(
-                f"index {str(self.folder)!r} is damaged: {name} is missing; {_OLDER}"
-            ) from None
+            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} is missing; {_OLDER}") from None
         except (ValueError, KeyError, TypeError):
             raise IndexDamagedError(
                 f"index {str(self.folder)!r} is damaged: {name} is not readable; {_OLDER}"
@@ -155,9 +155,7 @@ class Store:
             foreign = (
                 None
                 if self.exists()
-                else next(
-                    (path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None
-                )
+                else next((path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)), None)
             )
             if foreign is not None:
                 raise InputError(
@@ -198,9 +196,7 @@ class Store:
 
 
 _REPAIR = "`mmalign verify INDEX` names every damaged file and the remedy"
-_OLDER = (
-    "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise index the folder again"
-)
+_OLDER = "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise index the folder again"
 
 
 class Writer:
@@ -210,7 +206,7 @@ class Writer:
         self.store = store
         self.folder = store.folder
         self.written: dict[str, dict[str, Any]] = {}
-        kept = store.read_manifest() if store.exists() else None
+        kept = store.read_unchecked() if store.exists() else None
         self.generation = self._highest() + 1
         self._count = 0
         self._clear(kept)
@@ -234,16 +230,14 @@ class Writer:
 
     def publish(self, manifest: Manifest, names: list[str]) -> Manifest:
         """Make a generation of the named files, old or new, the one in force; returns its manifest."""
-        previous = self.store.read_manifest() if self.store.exists() else None
+        previous = self.store.read_unchecked() if self.store.exists() else None
         known = {**(previous["files"] if previous else {}), **self.written}
         manifest = {
             **manifest,
             "format": FORMAT_VERSION,
             "generation": self.generation,
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "libraries": {
-                name: _version(name) for name in ("mmalign", "torch", "faiss-cpu", "numpy", "pillow")
-            },
+            "libraries": {name: _version(name) for name in ("mmalign", "torch", "faiss-cpu", "numpy", "pillow")},
             "files": {name: known[name] for name in names},
         }
         name = f"manifest-{self.generation:06d}.json"
@@ -259,7 +253,7 @@ class Writer:
 
     def abandon(self) -> None:
         """After a failure: clear what belongs to no generation, so that a first build that failed leaves nothing."""
-        self._clear(self.store.read_manifest() if self.store.exists() else None)
+        self._clear(self.store.read_unchecked() if self.store.exists() else None)
 
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.folder / f".tmp-{name}"
@@ -305,9 +299,7 @@ def full_disk_is_explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, MMAlignError):
             raise
-        remedy = (
-            "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
-        )
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
         raise InputError(
             f"writing to {str(folder)!r} failed ({error.strerror or error}); the index is as it was at the last "
             f"checkpoint; {remedy} and run the same command again"

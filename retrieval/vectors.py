@@ -25,9 +25,7 @@ class Vectors:
             try:
                 segment = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise IndexDamagedError(
-                    f"{str(path)!r} cannot be read ({error}); index the folder again"
-                ) from None
+                raise IndexDamagedError(f"{str(path)!r} cannot be read ({error}); index the folder again") from None
             if segment.ndim != 2 or segment.shape[1] != dim or segment.dtype != np.float32:
                 raise IndexDamagedError(
                     f"{str(path)!r} holds {segment.dtype} {segment.shape}, expected float32 rows of {dim}; "
@@ -68,7 +66,7 @@ def write_rows(file: IO[bytes], pieces: Iterable[np.ndarray], rows: int, dim: in
     npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)})
     written = 0
     for piece in pieces:
-        file.write(memoryview(np.ascontiguousarray(piece, dtype="<f4")).cast("B"))
+        file.write(np.ascontiguousarray(piece, dtype="<f4").data.cast("B"))
         written += len(piece)
     if written != rows:
         raise ValueError(f"{written} rows written, {rows} announced")
@@ -82,21 +80,15 @@ def checked_rows(vectors: np.ndarray, dim: int | None = None) -> Float[np.ndarra
     """
     rows = np.asarray(vectors)
     if rows.ndim != 2 or rows.dtype.kind not in "fiu":
-        raise InputError(
-            f"vectors have shape {rows.shape} and dtype {rows.dtype}; give numbers of shape [n, dim]"
-        )
+        raise InputError(f"vectors have shape {rows.shape} and dtype {rows.dtype}; give numbers of shape [n, dim]")
     if dim is not None and rows.shape[1] != dim:
-        raise InputError(
-            f"vectors have {rows.shape[1]} columns, the index has {dim}; use the encoder of the index"
-        )
+        raise InputError(f"vectors have {rows.shape[1]} columns, the index has {dim}; use the encoder of the index")
     rows = rows.astype(np.float32, copy=False)
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + ("..." if len(bad) > 5 else "")
-        raise InputError(
-            f"{len(bad)} of {len(rows)} vectors are zero or not finite (rows {named}); remove them"
-        )
+        raise InputError(f"{len(bad)} of {len(rows)} vectors are zero or not finite (rows {named}); remove them")
     if np.all(np.abs(norms - 1) < 1e-6):
         return rows
     return (rows / norms[:, None]).astype(np.float32)

@@ -11,9 +11,7 @@ from mmalign.encoders.bundled import _VECTORS, imagenet_class_texts, load_classi
 
 def main() -> None:
     encoder = class_bridge(load_classifier(), load_text_encoder(), imagenet_class_texts())
-    vectors = {
-        name: encoder.model.get_buffer(name).half().contiguous() for name in ("class_vectors", "centre")
-    }
+    vectors = {name: encoder.model.get_buffer(name).half().contiguous() for name in ("class_vectors", "centre")}
     save_file(vectors, _VECTORS)
     print(f"{_VECTORS}: {_VECTORS.stat().st_size:,} bytes")
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError
 from ..imaging import ImagePreprocessing, read_image
 from ..progress import progress_bar
-from .stream import encode_stream
+from .stream import checked_batch_size, encode_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,13 +50,14 @@ class Encoder(ABC):
     spec: str
     dim: int
     preprocessing: ImagePreprocessing | None
-    model: nn.Module
+    model: Any  # an nn.Module, with the attributes of its source
     default_batch_size: ClassVar[int] = 32
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._fingerprint: str | None = None
+        self._rounded = False
 
     # -- what a source provides ------------------------------------------------------------------------------------
 
@@ -64,9 +66,7 @@ class Encoder(ABC):
     def modalities(self) -> frozenset[str]:
         """Which of "image" and "text" it encodes."""
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Raw image features, differentiable, not normalised; input as `preprocessing` leaves it."""
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class Encoder(ABC):
 
         Args:
             images: paths, bytes, Pillow images, arrays `height width 3` or tensors `3 height width`
-                (uint8, or float in [0, 1]); what `mmalign.imaging.read_image` takes.
+                (uint8, or float in [0, 1]); what `mmalign.imaging.read_image` takes. One image alone is a list of one.
             batch_size: images a forward pass; 32 by default.
             progress: show a bar.
             workers: decoding threads; one a core by default.
@@ -115,13 +115,13 @@ class Encoder(ABC):
             float32, one row an image, each of norm 1.
 
         Raises:
-            InputError: this encoder takes no images.
+            InputError: this encoder takes no images, or `batch_size` is below 1.
             UnreadableImageError: an image cannot be read; `retrieval.ImageIndex` skips such files instead.
         """
         self._require("image")
         preprocessing = self.preprocessing
         assert preprocessing is not None
-        images = [images] if isinstance(images, (str, bytes, os.PathLike)) else list(images)
+        images = [images] if _is_one_image(images) else list(images)
 
         def load(image: Any) -> tuple[None, Tensor]:
             return None, preprocessing(read_image(image).pixels)
@@ -143,16 +143,14 @@ class Encoder(ABC):
         """Unit rows for texts; float32.
 
         Raises:
-            InputError: this encoder takes no texts, or an item is not a string or is empty.
+            InputError: this encoder takes no texts, an item is not a string or is empty, or `batch_size` is below 1.
         """
         self._require("text")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise InputError(
-                    f"text {position} is {text!r}; give a string with at least one visible character"
-                )
-        size = batch_size or self.default_batch_size
+                raise InputError(f"text {position} is {text!r}; give a string with at least one visible character")
+        size = checked_batch_size(batch_size, self.default_batch_size)
         rows = []
         with progress_bar("encoding texts", len(texts), unit="texts", enabled=progress) as advance:
             for start in range(0, len(texts), size):
@@ -161,9 +159,7 @@ class Encoder(ABC):
         return np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
 
     @torch.inference_mode()
-    def encode_pixels(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[np.ndarray, "batch dim"]:
+    def encode_pixels(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[np.ndarray, "batch dim"]:
         """Unit rows for preprocessed pixels; one forward pass."""
         return unit_rows(self.image_features(pixel_values.to(self.device, self.dtype)))
 
@@ -189,6 +185,7 @@ class Encoder(ABC):
         self.dtype = resolve_dtype(dtype)
         if module is not None:
             module.to(self.dtype)
+            self._rounded = self._rounded or self.dtype != torch.float32
         return self
 
     def _fastest_dtype(self, module: nn.Module) -> torch.dtype:
@@ -204,44 +201,51 @@ class Encoder(ABC):
         It does not depend on names, paths, device or dtype.
         """
         if self._fingerprint is None:
-            preprocessing = self.preprocessing.to_dict() if self.preprocessing else None
-            about = {
-                "source": self.source,
-                "preprocessing": preprocessing,
-                "normalise": "l2",
-                **self.describe(),
-            }
-            digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-            # Tensors count by shape and content: libraries rename modules between versions. Single numbers
-            # (logit scales, batch counters) and integer buffers do not reach the normalised features.
-            tensors = (t.detach().cpu().float().contiguous() for t in self.model.state_dict().values())
-            digests = sorted(
-                hashlib.sha256(
-                    f"{tuple(t.shape)}".encode() + memoryview(t.reshape(-1).view(torch.uint8).numpy())
-                ).hexdigest()
-                for t in tensors
-                if t.numel() > 1
-            )
-            digest.update("".join(digests).encode())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = self._digest()
         return self._fingerprint
+
+    def _digest(self) -> str:
+        preprocessing = self.preprocessing.to_dict() if self.preprocessing else None
+        about = {"source": self.source, "preprocessing": preprocessing, "normalise": "l2", **self.describe()}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        # Tensors count by shape and content: libraries rename modules between versions. Single numbers (logit scales,
+        # batch counters) and integer buffers (positions) do not reach the normalised features, or are derived.
+        tensors = (
+            t.detach().cpu().float().contiguous()
+            for t in self.model.state_dict().values()
+            if t.numel() > 1 and t.is_floating_point()
+        )
+        digests = sorted(
+            hashlib.sha256(
+                f"{tuple(t.shape)}".encode() + memoryview(t.reshape(-1).view(torch.uint8).numpy())
+            ).hexdigest()
+            for t in tensors
+        )
+        digest.update("".join(digests).encode())
+        return digest.hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write to a folder that `load_encoder(folder)` reads: json and safetensors, no pickle.
 
-        The folder appears whole or not at all. An existing encoder folder is replaced.
+        The folder appears whole or not at all. An existing encoder folder is replaced. The fingerprint is taken anew, so
+        that weights trained since loading are saved as what they are now.
 
         Raises:
-            InputError: `folder` exists and is not an encoder folder.
+            InputError: `folder` exists and is not an encoder folder, or `to` has rounded the weights.
         """
         target = Path(folder)
         if target.exists() and not (target / "encoder.json").is_file():
             raise InputError(f"{str(target)!r} exists and is not an encoder folder; choose another path")
+        fingerprint = self._digest()
+        if self._rounded and fingerprint != self.fingerprint:
+            raise InputError(
+                f"the weights of {self.spec!r} were rounded to half precision; load it with dtype='float32' to save it"
+            )
+        self._fingerprint = fingerprint
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             fresh = Path(temporary) / "fresh"
             fresh.mkdir()
-            fingerprint = self.fingerprint
             about = {
                 "format": FORMAT_VERSION,
                 "source": self.source,
@@ -252,9 +256,15 @@ class Encoder(ABC):
                 "config": self.write(fresh),
             }
             (fresh / "encoder.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            previous = Path(temporary) / "previous"
             if target.exists():
-                target.rename(Path(temporary) / "previous")
-            fresh.rename(target)
+                target.rename(previous)
+            try:
+                fresh.rename(target)
+            except OSError:
+                if previous.exists():
+                    previous.rename(target)
+                raise
         return target
 
     def _require(self, modality: str) -> None:
@@ -265,6 +275,12 @@ class Encoder(ABC):
     def __repr__(self) -> str:
         able = "+".join(sorted(self.modalities))
         return f"{type(self).__name__}({self.spec!r}, dim={self.dim}, {able}, {self.dtype}, {self.device})"
+
+
+def _is_one_image(images: Any) -> bool:
+    return isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (
+        isinstance(images, (np.ndarray, Tensor)) and images.ndim in (2, 3)
+    )
 
 
 def unit_rows(features: Float[Tensor, "n dim"]) -> Float[np.ndarray, "n dim"]:
@@ -281,18 +297,14 @@ def read_encoder_json(folder: Path) -> dict[str, Any]:
     path = folder / "encoder.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        version = about["format"]
+        newer = about["format"] > FORMAT_VERSION
     except FileNotFoundError:
-        raise InputError(
-            f"{str(folder)!r} holds no encoder.json; give a folder made by Encoder.save"
-        ) from None
+        raise InputError(f"{str(folder)!r} holds no encoder.json; give a folder made by Encoder.save") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} is not a readable encoder description ({error}); save it again") from None
+    if newer:
         raise InputError(
-            f"{str(path)!r} is not a readable encoder description ({error}); save it again"
-        ) from None
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{str(path)!r} has format {version}, this mmalign reads up to {FORMAT_VERSION}; "
+            f"{str(path)!r} has format {about['format']}, this mmalign reads up to {FORMAT_VERSION}; "
             "upgrade with `pip install -U mmalign`"
         )
     return about

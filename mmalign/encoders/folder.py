@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import EncoderUnavailableError, IndexDamagedError, InputError
+from ..errors import IndexDamagedError, InputError, MMAlignError
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder, read_encoder_json
+from .hub import one_line
 
 __all__ = ["load_folder", "read_part", "write_part"]
 
@@ -21,17 +22,17 @@ def load_folder(folder: Path) -> Encoder:
     """
     about = read_encoder_json(folder)
     try:
+        saved = about["fingerprint"]
         encoder = read_part(folder, about)
-    except (EncoderUnavailableError, InputError):
+    except MMAlignError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"encoder folder {str(folder)!r} cannot be read ({reason}); save it again") from None
+        raise InputError(f"encoder folder {str(folder)!r} cannot be read ({one_line(error)}); save it again") from None
     encoder.spec = str(folder)
-    if encoder.fingerprint != about["fingerprint"]:
+    if encoder.fingerprint != saved:
         raise IndexDamagedError(
             f"encoder folder {str(folder)!r} holds other weights than were saved there "
-            f"(fingerprint {encoder.fingerprint[:12]}, saved {about['fingerprint'][:12]}); save it again"
+            f"(fingerprint {encoder.fingerprint[:12]}, saved {saved[:12]}); save it again"
         )
     return encoder
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import EncoderUnavailableError
 
-__all__ = ["cached_repositories", "quiet_libraries", "unavailable"]
+__all__ = ["cached_repositories", "closest", "one_line", "quiet_libraries", "unavailable"]
 
 
 def cached_repositories() -> set[str]:
@@ -27,10 +27,22 @@ def cached_repositories() -> set[str]:
     }
 
 
+def one_line(error: BaseException) -> str:
+    """An exception of another library, fit for a message of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """A question to append to "no such name": the known names most like it, or nothing."""
+    found = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
 def unavailable(spec: str, error: BaseException) -> EncoderUnavailableError:
     """The error for weights that cannot be fetched, in one line, with the ways out."""
-    offline = "HF_HUB_OFFLINE" in os.environ
-    why = "HF_HUB_OFFLINE is set" if offline else str(error).strip().splitlines()[0][:160]
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else one_line(error)
     return EncoderUnavailableError(
         f"the weights of {spec!r} are not on this machine and could not be fetched ({why}); "
         "connect once and run again, copy a filled HF_HOME here, give a saved encoder folder, "

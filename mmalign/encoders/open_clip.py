@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
-from .hub import quiet_libraries, unavailable
+from .hub import closest, one_line, quiet_libraries, unavailable
 from .probes import token_probe
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ __all__ = ["OpenCLIPEncoder"]
 class OpenCLIPEncoder(Encoder):
     """Any open_clip model.
 
-    Spec after `open_clip:`: `MODEL/TAG` as listed by `open_clip.list_pretrained()`, `MODEL/CHECKPOINT_FILE`, or
-    `hf-hub:ORG/REPO`.
+    Spec after `open_clip:`: `MODEL/TAG` as listed by `open_clip.list_pretrained()`, `MODEL/CHECKPOINT_FILE`,
+    `hf-hub:ORG/REPO`, or `local-dir:FOLDER` in open_clip's own layout.
 
     The activation follows the tag: weights trained with QuickGELU (OpenAI, DFN, MetaCLIP) get QuickGELU also under the
     plain model name, where open_clip 3 itself only warns and computes something else.
@@ -56,10 +56,10 @@ class OpenCLIPEncoder(Encoder):
 
     @classmethod
     def from_spec(cls, name: str) -> Self:
-        """Load `MODEL/TAG`, `MODEL/FILE` or `hf-hub:ORG/REPO`.
+        """Load `MODEL/TAG`, `MODEL/FILE`, `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
 
         Raises:
-            InputError: no such model or tag.
+            InputError: no such model or tag, or a file that does not fit.
             EncoderUnavailableError: the weights are neither cached nor to be fetched.
         """
         import open_clip
@@ -77,10 +77,12 @@ class OpenCLIPEncoder(Encoder):
             config = open_clip.get_model_config(model_name)
         except Exception as error:
             if tag and Path(tag).is_file():
-                reason = str(error).splitlines()[0]
                 raise InputError(
-                    f"checkpoint {tag!r} does not fit open_clip model {model_name!r}: {reason}"
+                    f"checkpoint {tag!r} does not fit open_clip model {model_name!r} ({one_line(error)}); "
+                    "name the model it was trained as, `mmalign encoders open_clip` lists them"
                 ) from None
+            if name.startswith("local-dir:"):
+                raise InputError(f"open_clip cannot read the folder of {spec!r} ({one_line(error)})") from None
             raise unavailable(spec, error) from None
         if options.get("force_quick_gelu"):
             config["quick_gelu"] = True
@@ -96,9 +98,7 @@ class OpenCLIPEncoder(Encoder):
         """The visual tower."""
         return self.model.visual
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Projected features before normalisation."""
         return self.model.encode_image(pixel_values, normalize=False)
 
@@ -143,8 +143,11 @@ def _options_of_tag(model_name: str, tag: str) -> dict[str, Any]:
     """Keyword arguments for `create_model` that the tag's weights ask for; checks both names."""
     import open_clip
 
-    if model_name not in open_clip.list_models():
-        raise InputError(f"open_clip has no model {model_name!r}; `mmalign encoders open_clip` lists them")
+    models = open_clip.list_models()
+    if model_name not in models:
+        raise InputError(
+            f"open_clip has no model {model_name!r}{closest(model_name, models)}; `mmalign encoders open_clip` lists them"
+        )
     if Path(tag).is_file():
         return {}
     tags = open_clip.list_pretrained_tags_by_model(model_name)
@@ -153,6 +156,4 @@ def _options_of_tag(model_name: str, tag: str) -> dict[str, Any]:
             f"open_clip model {model_name!r} has no tag {tag!r} and there is no such checkpoint file; "
             f"its tags are: {', '.join(tags) or 'none'}"
         )
-    return (
-        {"force_quick_gelu": True} if open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu") else {}
-    )
+    return {"force_quick_gelu": True} if open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu") else {}

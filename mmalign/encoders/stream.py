@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -14,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UnreadableImageError
+from ..errors import InputError, UnreadableImageError
 
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-__all__ = ["EncodedBatch", "Outcome", "decode_ahead", "default_workers", "encode_stream"]
+__all__ = ["EncodedBatch", "Outcome", "checked_batch_size", "decode_ahead", "default_workers", "encode_stream"]
 
 Source = TypeVar("Source")
 Payload = TypeVar("Payload")
@@ -48,6 +49,17 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def checked_batch_size(batch_size: int | None, default: int) -> int:
+    """`batch_size`, or `default` where it is `None`.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give 1 or more")
+    return batch_size or default
+
+
 def decode_ahead(
     sources: Iterable[Source],
     load: Callable[[Source], tuple[Payload, Tensor | None]],
@@ -61,15 +73,17 @@ def decode_ahead(
     iterator = iter(sources)
     try:
         while True:
-            while len(waiting) < ahead and (source := next(iterator, None)) is not None:
+            for source in islice(iterator, max(ahead, 1) - len(waiting)):
                 waiting.append((source, pool.submit(load, source)))
             if not waiting:
                 return
             source, future = waiting.popleft()
+            loaded: tuple[Payload, Tensor | None] | UnreadableImageError
             try:
-                yield source, future.result()
+                loaded = future.result()
             except UnreadableImageError as error:
-                yield source, error
+                loaded = error
+            yield source, loaded
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -86,7 +100,7 @@ def encode_stream(
 
     Args:
         encoder: takes images.
-        sources: anything `load` understands; none may be `None`.
+        sources: anything `load` understands.
         load: runs in a thread; returns what the caller wants to keep and the preprocessed pixels, or `None` instead of
             pixels for a source that needs no vector. It may raise `UnreadableImageError`, which is reported in the
             batch and stops nothing.
@@ -95,8 +109,11 @@ def encode_stream(
 
     Yields:
         Batches that cover the sources in order; the last one may be short.
+
+    Raises:
+        InputError: `batch_size` is below 1.
     """
-    size = batch_size or encoder.default_batch_size
+    size = checked_batch_size(batch_size, encoder.default_batch_size)
     pixels: list[Tensor] = []
     outcomes: list[Outcome[Source, Payload]] = []
     for source, loaded in decode_ahead(sources, load, ahead=3 * size, workers=workers):

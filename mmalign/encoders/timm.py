@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
-from .hub import unavailable
+from .hub import closest, unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +31,7 @@ class TimmEncoder(Encoder):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         architecture: str,
         spec: str,
         *,
@@ -55,14 +55,25 @@ class TimmEncoder(Encoder):
         """Load `MODEL[.TAG]` with its pretrained weights.
 
         Raises:
-            InputError: timm has no such model.
+            InputError: timm has no such model, or no such pretrained weights of it.
             EncoderUnavailableError: the weights are neither cached nor to be fetched.
         """
         import timm
 
-        architecture = name.partition(".")[0]
+        architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
-            raise InputError(f"timm has no model {architecture!r}; `mmalign encoders timm` lists them")
+            raise InputError(
+                f"timm has no model {architecture!r}{closest(architecture, timm.list_models())}; "
+                "`mmalign encoders timm` lists them"
+            )
+        # timm itself falls back to random weights where a model has none.
+        known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}*") if _is_of(full, architecture)]
+        if not known or (tag and tag not in known):
+            raise InputError(
+                f"timm model {architecture!r} has no pretrained weights"
+                + (f" {tag!r}; its tags are: {', '.join(filter(None, known)) or 'none'}" if tag else "")
+                + "; `mmalign encoders timm` lists the models that have"
+            )
         options = {} if classifier else {"num_classes": 0}
         try:
             model = timm.create_model(name, pretrained=True, **options)
@@ -80,15 +91,14 @@ class TimmEncoder(Encoder):
         """The whole model."""
         return self.model
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Pooled features before any classifier, or logits."""
         return self.model(pixel_values)
 
     def describe(self) -> dict[str, Any]:
-        """The architecture by name: timm's names are stable, and some differ in activations alone."""
-        return {"architecture": self.architecture, "classifier": bool(self.classes)}
+        """The architecture by name, for timm's names are stable and some differ in activations alone; options."""
+        options = {name: value for name, value in self.options.items() if name != "num_classes"}
+        return {"architecture": self.architecture, "classifier": bool(self.classes), "options": options}
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Weights as safetensors; the architecture by name."""
@@ -97,7 +107,8 @@ class TimmEncoder(Encoder):
         weights = {name: t.float().contiguous().cpu() for name, t in self.model.state_dict().items()}
         save_file(weights, folder / "timm_model.safetensors")
         config = {k: v for k, v in dict(self.model.pretrained_cfg).items() if _is_json(v)}
-        return {"architecture": self.architecture, "options": self.options, "pretrained_cfg": config}
+        options = {"num_classes": self.classes, **self.options}
+        return {"architecture": self.architecture, "options": options, "pretrained_cfg": config}
 
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any]) -> Self:
@@ -127,6 +138,10 @@ def preprocessing_of(model: nn.Module) -> ImagePreprocessing:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+def _is_of(full_name: str, architecture: str) -> bool:
+    return full_name.partition(".")[0] == architecture
 
 
 def _is_json(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
-from .hub import quiet_libraries, unavailable
+from .hub import one_line, quiet_libraries, unavailable
 from .probes import token_probe
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def load_transformers(name: str) -> Encoder:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:
-        raise unavailable(spec, error) from None
+        raise _cannot_load(name, error) from None
     dual = hasattr(config, "vision_config") and hasattr(config, "text_config")
     if dual and config.model_type not in TransformersEncoder.families:
         raise InputError(
@@ -50,6 +50,11 @@ def load_transformers(name: str) -> Encoder:
                 else ""
             )
         )
+    if not dual and (not hasattr(config, "vocab_size") or config.is_encoder_decoder):
+        raise InputError(
+            f"{spec!r} is a {config.model_type} model, neither an image-text model nor a sentence encoder; "
+            "for image models alone give `timm:NAME`"
+        )
     try:
         model, tokenizer = model_and_tokenizer(name)
         if dual:
@@ -59,13 +64,19 @@ def load_transformers(name: str) -> Encoder:
     except InputError:
         raise
     except Exception as error:
-        raise unavailable(spec, error) from None
+        raise _cannot_load(name, error) from None
+
+
+def _cannot_load(name: str, error: Exception) -> Exception:
+    if Path(name).is_dir():
+        return InputError(f"transformers cannot read the folder {name!r} ({one_line(error)})")
+    return unavailable(f"transformers:{name}", error)
 
 
 class _WithTokenizer(Encoder):
     """What both kinds share: a transformers model beside its tokenizer, saved in transformers' own layout."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, spec: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, spec: str) -> None:
         super().__init__()
         self.spec = spec
         self.model = model.eval()
@@ -88,9 +99,7 @@ class TransformersEncoder(_WithTokenizer):
     source: ClassVar[str] = "transformers"
     families: ClassVar[tuple[str, ...]] = ("clip", "siglip")
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, preprocessing: ImagePreprocessing, spec: str
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: ImagePreprocessing, spec: str) -> None:
         super().__init__(model, tokenizer, spec)
         self.preprocessing = preprocessing
         config = model.config
@@ -112,9 +121,7 @@ class TransformersEncoder(_WithTokenizer):
         projection = getattr(self.model, "visual_projection", None)
         return nn.ModuleList([self.model.vision_model, *([projection] if projection is not None else [])])
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Projected (CLIP) or attention-pooled (SigLIP) features before normalisation."""
         return _tensor(self.model.get_image_features(pixel_values=pixel_values))
 
@@ -141,15 +148,16 @@ class TransformersEncoder(_WithTokenizer):
         return {
             "family": config.model_type,
             "activations": [config.vision_config.hidden_act, config.text_config.hidden_act],
-            "tokens": token_probe(
-                lambda texts: [self.tokenize([text])["input_ids"][0].tolist() for text in texts]
-            ),
+            "tokens": token_probe(lambda texts: [self.tokenize([text])["input_ids"][0].tolist() for text in texts]),
         }
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """As the base, with the preprocessing beside it."""
+        """As the base, with the preprocessing beside it, for transformers in its own words."""
         super().write(folder)
         assert self.preprocessing is not None
+        about = processor_config(self.preprocessing, "SiglipImageProcessor" if self.is_siglip else "CLIPImageProcessor")
+        path = folder / "transformers" / "preprocessor_config.json"
+        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
         return {"preprocessing": self.preprocessing.to_dict()}
 
     @classmethod
@@ -165,7 +173,7 @@ class SentenceEncoder(_WithTokenizer):
     source: ClassVar[str] = "sentence"
     preprocessing = None
 
-    def __init__(self, model: nn.Module, tokenizer: Any, pooling: dict[str, Any], spec: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, pooling: dict[str, Any], spec: str) -> None:
         super().__init__(model, tokenizer, spec)
         self.pooling = pooling
         self.dim = int(model.config.hidden_size)
@@ -234,9 +242,7 @@ def preprocessing_of(processor: Any) -> ImagePreprocessing:
     crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else None
     interpolation = _PIL_RESAMPLE.get(int(processor.resample))
     if interpolation is None:
-        raise InputError(
-            f"image processor resamples with Pillow filter {processor.resample}, which is not supported"
-        )
+        raise InputError(f"image processor resamples with Pillow filter {processor.resample}, which is not supported")
     common: dict[str, Any] = {
         "interpolation": interpolation,
         "mean": tuple(processor.image_mean),
@@ -249,15 +255,36 @@ def preprocessing_of(processor: Any) -> ImagePreprocessing:
     return ImagePreprocessing(size=(int(size["height"]), int(size["width"])), resize="squash", **common)
 
 
+def processor_config(preprocessing: ImagePreprocessing, kind: str) -> dict[str, Any]:
+    """The opposite of `preprocessing_of`: what transformers keeps in preprocessor_config.json."""
+    height, width = preprocessing.size
+    target = {"height": height, "width": width}
+    shortest = preprocessing.resize == "shortest"
+    return {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": preprocessing.resize_to or min(height, width)} if shortest else target,
+        "resample": next(n for n, name in _PIL_RESAMPLE.items() if name == preprocessing.interpolation),
+        "do_center_crop": shortest,
+        "crop_size": target,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
 def sentence_pooling(name: str) -> dict[str, Any]:
     """Pooling mode and maximum length as sentence-transformers wrote them beside the model; mean and 256 otherwise.
 
     Raises:
-        InputError: a pooling mode other than mean, cls or max.
+        InputError: a pooling mode other than mean, cls or max, or layers after the pooling.
     """
     from transformers.utils import cached_file
 
-    def side_file(path: str) -> dict[str, Any]:
+    def side_file(path: str) -> Any:
         found = cached_file(
             name,
             path,
@@ -266,6 +293,9 @@ def sentence_pooling(name: str) -> dict[str, Any]:
         )
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
+    layers = [str(module["type"]).rpartition(".")[2] for module in side_file("modules.json") or []]
+    if extra := set(layers) - {"Transformer", "Pooling", "Normalize"}:
+        raise InputError(f"transformers:{name} has layers that are not supported: {', '.join(sorted(extra))}")
     flags = side_file("1_Pooling/config.json")
     mode = flags.get("pooling_mode")
     if mode is None:
@@ -275,16 +305,10 @@ def sentence_pooling(name: str) -> dict[str, Any]:
             "pooling_mode_max_tokens": "max",
             "pooling_mode_mean_tokens": "mean",
         }
-        mode = (
-            names.get(chosen[0], chosen[0])
-            if len(chosen) == 1
-            else "mean"
-            if not chosen
-            else "+".join(chosen)
-        )
+        mode = names.get(chosen[0], chosen[0]) if len(chosen) == 1 else "mean" if not chosen else "+".join(chosen)
     if mode not in ("mean", "cls", "max"):
         raise InputError(f"transformers:{name} pools by {mode!r}; supported are mean, cls and max")
     return {
         "mode": mode,
-        "max_length": int(side_file("sentence_bert_config.json").get("max_seq_length", 256)),
+        "max_length": int(side_file("sentence_bert_config.json").get("max_seq_length") or 256),
     }

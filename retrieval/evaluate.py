@@ -1,0 +1,112 @@
+"""How well an index finds the user's own images by the user's own captions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.errors import InputError
+from mmalign.metrics import evaluate, mean_recall
+
+from .index import ImageIndex
+from .items import Items
+
+__all__ = ["evaluate_captions", "read_captions"]
+
+
+def read_captions(path: str | os.PathLike[str]) -> list[tuple[str, list[str]]]:
+    """(file, captions) pairs of a JSON-lines file.
+
+    A line is an object with a file (`file`, `file_name`, `image` or `path`) and `captions` (a list) or `caption`.
+
+    Raises:
+        InputError: missing, or a line that is not of that form (numbered).
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"captions {str(path)!r} cannot be read: {error.strerror}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            file = next(entry[name] for name in ("file", "file_name", "image", "path") if name in entry)
+            captions = entry["captions"] if "captions" in entry else [entry["caption"]]
+            captions = [caption for caption in captions if caption.strip()]
+        except (ValueError, KeyError, StopIteration, TypeError, AttributeError):
+            raise InputError(
+                f"line {number} of {str(path)!r} is not an object with `file` and `captions` (or `caption`)"
+            ) from None
+        pairs.append((str(file), captions))
+    if not any(captions for _, captions in pairs):
+        raise InputError(f"{str(path)!r} holds no caption")
+    return pairs
+
+
+def evaluate_captions(
+    index: ImageIndex,
+    pairs: list[tuple[str, list[str]]],
+    *,
+    ks: tuple[int, ...] = (1, 5, 10),
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Text-to-image and image-to-text retrieval among the captioned images of an index (exact, unique gallery).
+
+    Returns:
+        `text_to_image` and `image_to_text` (see `mmalign.metrics.evaluate`, with 95 % intervals), `mean_recall`,
+        `chance` (hit@k of a random order), `through_index` (hit@k of text queries against the whole index as searched),
+        `images`, `captions`, `unmatched` (files that the index does not hold).
+
+    Raises:
+        InputError: none of the files is in the index.
+    """
+    position_of = _positions(index.items)
+    owners: list[int] = []
+    captions: list[str] = []
+    rows: list[int] = []
+    unmatched = []
+    for file, texts in pairs:
+        position = position_of.get(os.fsencode(file), position_of.get(os.fsencode(Path(file).name)))
+        if position is None:
+            unmatched.append(file)
+            continue
+        captions += texts
+        owners += [len(rows)] * len(texts)
+        rows.append(index.items.value("row", position))
+    if not rows:
+        raise InputError(f"none of the {len(pairs)} captioned files is in the index (first: {pairs[0][0]!r})")
+    texts_by_image: list[list[int]] = [[] for _ in rows]
+    for caption, owner in enumerate(owners):
+        texts_by_image[owner].append(caption)
+    images = index.vectors.gather(np.array(rows))
+    queries = index.encoder.encode_texts(captions, progress=progress)
+    to_image = evaluate(queries=queries, gallery=images, positives=[[o] for o in owners], ks=ks, bootstrap="auto")
+    to_text = evaluate(queries=images, gallery=queries, positives=texts_by_image, ks=ks, bootstrap="auto")
+    _, found = index.search_vectors(queries, max(ks))
+    wanted = np.array(rows)[owners][:, None]
+    return {
+        "text_to_image": to_image,
+        "image_to_text": to_text,
+        "mean_recall": mean_recall(to_image, to_text, ks=ks),
+        "chance": {f"hit@{k}": min(1.0, k / len(rows)) for k in ks},
+        "through_index": {f"hit@{k}": float((found[:, :k] == wanted).any(axis=1).mean()) for k in ks},
+        "images": len(rows),
+        "captions": len(captions),
+        "unmatched": unmatched,
+    }
+
+
+def _positions(items: Items) -> dict[bytes, int]:
+    """Line of every path, and of every bare name that occurs once."""
+    paths = {items.raw_path(position): position for position in range(len(items))}
+    names: dict[bytes, int] = {}
+    for path, position in paths.items():
+        name = path.rpartition(b"/")[2]
+        names[name] = -1 if name in names else position
+    return {**{name: position for name, position in names.items() if position >= 0}, **paths}

@@ -1,0 +1,61 @@
+"""A search result."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .items import Item
+
+__all__ = ["Hit"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result.
+
+    Attributes:
+        rank: from 1.
+        score: cosine between query and image, in [-1, 1].
+        match: in [0, 1], how far above chance the cosine is in this index (see `retrieval.calibration`); `None` for
+            indexes of fewer than 8 images.
+        item: the image file.
+        aliases: further files with the same content.
+        metadata: the user's columns.
+    """
+
+    rank: int
+    score: float
+    match: float | None
+    item: Item
+    aliases: tuple[Path, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.item.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; a path that is no UTF-8 comes escaped in `name` and raw, surrogate-escaped, in `path`."""
+        return {
+            "rank": self.rank,
+            "score": round(self.score, 6),
+            "match": None if self.match is None else round(self.match, 4),
+            "id": self.item.id,
+            "path": os.fspath(self.item.path),
+            "name": self.item.name,
+            "width": self.item.width,
+            "height": self.item.height,
+            "format": self.item.format,
+            "flags": list(self.item.flags),
+            "sha256": self.item.sha256,
+            "aliases": [os.fspath(path) for path in self.aliases],
+            "metadata": {key: value if _is_plain(value) else str(value) for key, value in self.metadata.items()},
+        }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool, list, dict))

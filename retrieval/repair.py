@@ -1,0 +1,68 @@
+"""What is wrong with an index folder, and what can be mended without the images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmalign.errors import IndexDamagedError
+
+from .draft import Draft
+from .index import ImageIndex, find_index
+from .storage import Manifest, Store
+
+__all__ = ["diagnose", "repair"]
+
+
+def diagnose(folder: str | os.PathLike[str]) -> list[str]:
+    """Every problem of an index, each with its remedy; empty if all checksums and counts hold.
+
+    Raises:
+        InputError: no index there.
+        IndexDamagedError: the manifest itself is unreadable or of a newer format.
+    """
+    path = find_index(folder)
+    store = Store(path)
+    problems = list(store.check_contents(store.read_unchecked()))
+    if not problems:
+        problems = ImageIndex(path).verify()
+    return [f"{problem}; {_remedy(problem, path)}" for problem in problems]
+
+
+def repair(folder: str | os.PathLike[str]) -> list[str]:
+    """Rebuild what can be derived: the FAISS file, calibration, the skip report. Returns what was done.
+
+    Raises:
+        IndexDamagedError: vectors, items or metadata are damaged, which only a backup or the images can restore.
+    """
+    path = find_index(folder)
+    store = Store(path)
+    manifest = store.read_unchecked()
+    broken = [problem.split(" ")[0] for problem in store.check_contents(manifest)]
+    derived = {manifest["skipped"], manifest["queries"], manifest["faiss"]["file"] if manifest["faiss"] else None}
+    lost = [name for name in broken if name not in derived]
+    if lost:
+        raise IndexDamagedError(
+            f"{', '.join(lost)} cannot be rebuilt from the rest; restore the file from a backup, or {_again(manifest)}"
+        )
+    done = []
+    with store.write() as writer:
+        for part in ("skipped", "queries"):
+            if manifest[part] in broken:
+                manifest[part] = None
+                done.append(f"dropped the damaged list of {part}")
+        draft = Draft(writer, manifest)
+        draft.finish(None, force=True)
+        done.append("rebuilt the FAISS index and the calibration from the stored vectors")
+    return done
+
+
+def _remedy(problem: str, folder: Path) -> str:
+    if problem.startswith(("faiss-", "skipped-")):
+        return f"`mmalign verify {folder} --repair` rebuilds it from the vectors"
+    return "restore the file from a backup, or index the folder again"
+
+
+def _again(manifest: Manifest) -> str:
+    roots = [root["absolute"] for root in manifest["roots"]]
+    return f"delete the index folder and run `mmalign index {' '.join(roots) or 'FOLDER'}` again"
