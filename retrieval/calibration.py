@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from .faiss_index import EXACT_ROWS
 from .vectors import Vectors
 
 __all__ = ["BACKGROUND_ROWS", "Calibration", "background_rows", "best_by_chance", "query_bank"]
@@ -25,9 +26,14 @@ BACKGROUND_ROWS = 2048
 _UPPER = 0.98
 
 
-def query_bank() -> list[str]:
-    """199 everyday search phrases; also used to tune and measure FAISS indexes with text queries."""
-    return files("retrieval").joinpath("query_bank.txt").read_text(encoding="utf-8").split("\n")[:-1]
+def query_bank(rows: int) -> list[str]:
+    """Everyday search phrases for an index of so many rows; also used to tune and measure it with text queries.
+
+    All 199 where an approximate index has to be tuned, every third below: a large text tower needs a tenth of a second
+    for each on a CPU, and a small index should not wait for that.
+    """
+    phrases = files("retrieval").joinpath("query_bank.txt").read_text(encoding="utf-8").splitlines()
+    return phrases if rows > EXACT_ROWS else phrases[::3]
 
 
 def background_rows(alive: np.ndarray) -> np.ndarray:

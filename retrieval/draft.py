@@ -169,7 +169,7 @@ class Draft:
             if text_queries is not None:
                 self.write_queries(text_queries)
             elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
-                self.write_queries(encoder.encode_texts(query_bank()))
+                self.write_queries(encoder.encode_texts(query_bank(self.rows)))
             self._build_faiss(vectors, wanted_recall, memory_bytes, force, progress)
             alive = np.zeros(len(vectors), bool)
             alive[self.items.row] = True

@@ -25,6 +25,7 @@ from mmalign.progress import progress_bar
 from .vectors import Vectors
 
 __all__ = [
+    "EXACT_ROWS",
     "Plan",
     "Tuning",
     "build",
@@ -42,6 +43,9 @@ __all__ = [
 
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 _log = logging.getLogger(__name__)
+
+# Up to here an exact scan over half-precision rows is fast enough for anybody.
+EXACT_ROWS = 50_000
 
 
 @functools.cache
@@ -122,7 +126,7 @@ def choose_plan(rows: int, dim: int, *, factory: str | None = None, memory_bytes
     lists = 2 ** round(math.log2(max(4 * math.sqrt(rows), 1)))
     if factory is not None:
         return _plan_of(factory, rows)
-    if rows <= 50_000:
+    if rows <= EXACT_ROWS:
         return Plan("SQfp16")
     memory = memory_bytes if memory_bytes is not None else _machine_memory() // 2
     if rows <= 1_000_000 and rows * dim <= memory:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mmalign.errors import InputError, UnreadableImageError
-from mmalign.imaging import read_file, read_image
+from mmalign.imaging import read_image
 
 from .hits import Hit
 
@@ -67,7 +67,7 @@ def draw_grid(
 
 def _thumbnail(hit: Hit) -> Image.Image:
     try:
-        picture = read_image(read_file(hit.path)).to_pil()
+        picture = read_image(hit.path).to_pil()
     except UnreadableImageError:
         blank = Image.new("RGB", (_CELL, _CELL), "gainsboro")
         ImageDraw.Draw(blank).text((8, _CELL // 2), "file is gone", fill="gray", font=ImageFont.load_default(13))

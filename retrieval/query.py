@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError
-from mmalign.imaging import DecodedImage, read_file, read_image
+from mmalign.imaging import read_image
 
 from .vectors import checked_rows
 
@@ -121,9 +121,9 @@ def embed_vector(vector: np.ndarray, dim: int) -> Float[np.ndarray, " dim"]:
     return checked_rows(np.asarray(vector).reshape(1, -1), dim)[0]
 
 
-def _decoded(encoder: Encoder, image: Any, fast_decode: bool) -> DecodedImage | Any:
+def _decoded(encoder: Encoder, image: Any, fast_decode: bool) -> Any:
     """The image as the index would have read it."""
     if not isinstance(image, (str, os.PathLike)) or encoder.preprocessing is None:
         return image
     size = encoder.preprocessing.size if fast_decode else None
-    return read_image(read_file(image), fast_decode=size).pixels
+    return read_image(image, fast_decode=size).pixels

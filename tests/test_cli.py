@@ -1,0 +1,324 @@
+"""The command line as a person meets it, with the bundled encoder on real photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from mmalign import cli
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process."""
+
+    def call(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mmalign", *map(os.fspath, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err + out
+        return Result(code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def photo_index(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample photographs, indexed by a real process."""
+    folder = tmp_path_factory.mktemp("cli") / "index"
+    command = [sys.executable, "-m", "mmalign.cli", "index", photos, "--out", folder, "--encoder", "bundled"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "76 images" in done.stderr
+    assert "weak on people" in done.stderr, "the limits of the bundled encoder are said where it is used"
+    return folder
+
+
+@pytest.fixture
+def index_copy(photo_index: Path, tmp_path: Path) -> Path:
+    """An index to break."""
+    return shutil.copytree(photo_index, tmp_path / "index")
+
+
+def names(result: Result) -> list[str]:
+    return [Path(line).name for line in result.out.splitlines()]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "category"), [("an elephant", "elephant"), ("pizza", "pizza"), ("a bus", "bus"), ("horses", "horse")]
+)
+def test_words_find_photographs(run: Run, photo_index: Path, captions: list[dict], query: str, category: str) -> None:
+    found = run("search", photo_index, query, "-k", "1", "--paths")
+    row = next(row for row in captions if row["file"] == names(found)[0])
+    shown = {thing["category"] for thing in row["objects"]} | set(" ".join(row["captions"]).lower().split())
+    assert any(word.startswith(category) for word in shown)
+
+
+def test_reference_figures_through_the_command_line(run: Run, photo_index: Path, photos: Path) -> None:
+    result = json.loads(run("eval", "retrieval", photo_index, "--captions", photos / "captions.jsonl", "--json").out)
+    assert result["captions"] == 380
+    assert result["text_to_image"]["hit@1"] >= 0.40
+    assert result["text_to_image"]["hit@5"] >= 0.78
+    assert result["text_to_image"]["hit@10"] >= 0.90
+    assert result["image_to_text"]["hit@1"] >= 0.41
+    assert result["image_to_text"]["hit@10"] >= 0.82
+    assert result["through_index"]["hit@1"] == pytest.approx(result["text_to_image"]["hit@1"])
+
+
+def test_an_image_finds_itself_and_similar_leaves_it_out(run: Run, photo_index: Path, photos: Path) -> None:
+    photo = photos / "000000519208.jpg"
+    assert names(run("search", photo_index, photo, "-k", "1", "-p")) == [photo.name]
+    assert photo.name not in names(run("similar", photo_index, photo, "-k", "5", "-p"))
+
+
+def test_minus_moves_away(run: Run, photo_index: Path) -> None:
+    plain = [json.loads(line) for line in run("search", photo_index, "a cat", "-k", "76", "--json").out.splitlines()]
+    minus = run("search", photo_index, "a cat", "--minus", "a bathroom", "-k", "76", "--json").out.splitlines()
+    toilet_cat = "000000358083.jpg"  # a cat at a toilet's mirror
+    rank = {hit["name"]: hit["rank"] for hit in plain}
+    rank_after = {hit["name"]: hit["rank"] for hit in map(json.loads, minus)}
+    assert rank_after[toilet_cat] > rank[toilet_cat]
+
+
+def test_filters_from_the_command_line(run: Run, photo_index: Path, photos: Path) -> None:
+    tall = {path.name for path in photos.glob("*.jpg") if (size := Image.open(path).size)[0] < size[1]}
+    found = run("search", photo_index, "a dog", "-k", "76", "-p", "--where", "width < height")
+    assert set(names(found)) == tall
+
+
+def test_nothing_matches_is_an_answer(run: Run, photo_index: Path) -> None:
+    result = run("search", photo_index, "qwx zzv", "--min-match", "0.95")
+    assert result.code == cli.NO_RESULT
+    assert result.out == ""
+    assert "nothing here matches" in result.err
+
+
+def test_grid_shows_the_hits(run: Run, photo_index: Path, photos: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "hits.png"
+    run("search", photo_index, "an elephant", "-k", "2", "--grid", picture)
+    drawn = Image.open(picture).convert("RGB")
+    elephant = Image.open(photos / "000000519208.jpg").convert("RGB")
+    # The first cell holds the elephant: compare the mean colour of its middle with the photograph's.
+    cell = drawn.crop((12 + 92, 52 + 92, 12 + 132, 52 + 132)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    width, height = elephant.size
+    scale = max(width, height) / 224
+    box = (width / 2 - 20 * scale, height / 2 - 20 * scale, width / 2 + 20 * scale, height / 2 + 20 * scale)
+    middle = elephant.crop(tuple(map(int, box))).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert max(abs(a - b) for a, b in zip(cell, middle, strict=True)) < 12
+
+
+def test_null_separated_paths_survive_odd_names(run: Run, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    odd = [b"new\nline.jpg", b"bad\xff.jpg", "snow ☃.jpg".encode()]
+    sources = sorted(photos.glob("*.jpg"))[:3]
+    for source, name in zip(sources, odd, strict=True):
+        shutil.copyfile(source, os.path.join(os.fsencode(folder), name))
+    assert run("index", folder, "--encoder", "bundled", "-q").code == 0
+    command = [sys.executable, "-m", "mmalign.cli", "search", folder, "a picture", "-0"]
+    listed = subprocess.run(command, capture_output=True, check=True).stdout
+    assert {path.rpartition(b"/")[2] for path in listed.split(b"\0")[:-1]} == set(odd)
+    assert all(Path(os.fsdecode(path)).exists() for path in listed.split(b"\0")[:-1])
+
+
+def test_the_index_may_be_left_out_inside_its_folder(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("000000519208.jpg", "000000160012.jpg"):
+        shutil.copy(photos / name, tmp_path)
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    monkeypatch.chdir(tmp_path)
+    assert names(run("search", "an elephant", "-k", "1", "-p")) == ["000000519208.jpg"]
+
+
+def test_second_run_reads_nothing(run: Run, photo_index: Path, photos: Path) -> None:
+    again = run("index", photos, "--out", photo_index)
+    assert again.code == 0
+    assert "76 unchanged" in again.err
+    assert "new" not in again.err
+
+
+def test_duplicates_lists_copies(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path / "one.jpg")
+    shutil.copy(photos / "000000519208.jpg", tmp_path / "two.jpg")
+    shutil.copy(photos / "000000160012.jpg", tmp_path / "three.jpg")
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    assert names(run("duplicates", tmp_path, "--paths")) == ["two.jpg"]
+    (tmp_path / "two.jpg").unlink()
+    run("index", tmp_path, "-q")
+    assert run("duplicates", tmp_path).code == cli.NO_RESULT
+
+
+# -- errors: one line, the value, the remedy, an exit code -------------------------------------------------------------
+
+
+def complaint(result: Result, *parts: str) -> None:
+    assert result.code == 1, result
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+
+
+def test_a_missing_folder(run: Run, tmp_path: Path) -> None:
+    complaint(run("index", tmp_path / "nowhere"), "nowhere", "does not exist")
+
+
+def test_a_file_as_folder(run: Run, photos: Path) -> None:
+    complaint(run("index", photos / "000000519208.jpg"), "is a file")
+
+
+def test_an_empty_folder_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    complaint(run("index", tmp_path, "--encoder", "bundled"), "no file with an image suffix")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_readable_image(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no picture")
+    complaint(run("index", tmp_path, "--encoder", "bundled", "-q"), "a.jpg", "none of the 1")
+
+
+def test_one_bad_image_is_named_and_stops_nothing(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    (tmp_path / "bad.jpg").write_bytes((photos / "000000160012.jpg").read_bytes()[:4000])
+    result = run("index", tmp_path, "--encoder", "bundled", "-q")
+    assert result.code == cli.PARTIAL
+    assert "1 images" in result.err
+    assert "skipped (truncated)" in result.err
+    assert "bad.jpg" in run("info", tmp_path, "--skipped").out
+
+
+def test_the_default_without_a_network_names_the_bundled_encoder(run: Run, photos: Path, tmp_path: Path) -> None:
+    complaint(run("index", photos, "--out", tmp_path / "index"), "datacomp_s34b_b86k", "--encoder bundled")
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_unknown_encoder(run: Run, photos: Path, tmp_path: Path) -> None:
+    complaint(run("index", photos, "--out", tmp_path / "i", "--encoder", "clip"), "'clip'", "bundled")
+
+
+def test_another_encoder_than_the_index(run: Run, index_copy: Path, photos: Path, tmp_path: Path) -> None:
+    from mmalign import load_encoder
+
+    other = load_encoder("bundled")
+    other.temperature = 3.0
+    other.save(tmp_path / "other")
+    result = run("index", photos, "--out", index_copy, "--encoder", tmp_path / "other", "-q")
+    complaint(result, "'bundled'", str(tmp_path / "other"))
+
+
+def test_no_index(run: Run, tmp_path: Path) -> None:
+    complaint(run("search", tmp_path, "a dog"), str(tmp_path), "mmalign index")
+    complaint(run("info", tmp_path / "nowhere"), "does not exist")
+
+
+def test_missing_words(run: Run, photo_index: Path) -> None:
+    complaint(run("search", photo_index), "words")
+
+
+def test_an_empty_query(run: Run, photo_index: Path) -> None:
+    complaint(run("search", photo_index, "  "), "empty")
+
+
+def test_a_query_image_that_is_none(run: Run, photo_index: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    complaint(run("search", photo_index, tmp_path / "text.jpg"), "text.jpg")
+
+
+def test_a_filter_that_is_not_understood(run: Run, photo_index: Path) -> None:
+    complaint(run("search", photo_index, "a dog", "--where", "wdth > 3"), "wdth", "columns", "width")
+
+
+def test_more_than_there_is(run: Run, photo_index: Path) -> None:
+    assert len(run("search", photo_index, "a dog", "-k", "1000", "-p").out.splitlines()) == 76
+
+
+@pytest.mark.parametrize("kind", ["vectors", "items", "faiss"])
+def test_verify_names_a_damaged_file(run: Run, index_copy: Path, kind: str) -> None:
+    victim = max(index_copy.glob(f"{kind}-*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    victim.write_bytes(content)
+    result = run("verify", index_copy)
+    assert result.code == 1
+    assert victim.name in result.out
+    assert ("--repair" if kind == "faiss" else "backup") in result.out
+
+
+def test_repair_rebuilds_faiss(run: Run, index_copy: Path) -> None:
+    before = run("search", index_copy, "a dog", "-p").out
+    next(index_copy.glob("faiss-*")).unlink()
+    complaint(run("search", index_copy, "a dog"), "faiss-", "verify")
+    assert run("verify", index_copy, "--repair").code == 0
+    assert run("search", index_copy, "a dog", "-p").out == before
+
+
+def test_repair_refuses_what_only_a_backup_can_restore(run: Run, index_copy: Path) -> None:
+    next(index_copy.glob("items-*")).unlink()
+    complaint(run("verify", index_copy, "--repair"), "items-", "backup")
+
+
+def test_wrong_shards(run: Run, photos: Path, tmp_path: Path) -> None:
+    complaint(run("index", photos, "--out", tmp_path / "i", "--shard", "4/4"), "4/4", "0/4")
+
+
+def test_captions_of_other_files(run: Run, photo_index: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text('{"file": "other.jpg", "caption": "x"}\n')
+    complaint(run("eval", "retrieval", photo_index, "--captions", tmp_path / "captions.jsonl"), "other.jpg")
+    (tmp_path / "captions.jsonl").write_text("{}\n")
+    complaint(run("eval", "retrieval", photo_index, "--captions", tmp_path / "captions.jsonl"), "line 1")
+
+
+# -- start-up ----------------------------------------------------------------------------------------------------------
+
+
+RUN_MAIN = "; import mmalign.cli\ntry: mmalign.cli.main()\nexcept SystemExit: pass"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mmalign, retrieval, generation",
+        "import sys; sys.argv = ['mmalign', '--help']" + RUN_MAIN,
+        "import sys; sys.argv = ['mmalign', 'index', '--help']" + RUN_MAIN,
+    ],
+)
+def test_nothing_heavy_is_imported_early(code: str) -> None:
+    check = "\nimport sys; print(sorted({'torch', 'faiss', 'transformers', 'pyarrow', 'numpy'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_has_help(run: Run) -> None:
+    for command in (["index"], ["index", "merge"], ["index", "import"], ["index", "export"], ["search"], ["similar"],
+                    ["duplicates"], ["info"], ["verify"], ["encoders"], ["eval", "retrieval"]):  # fmt: skip
+        result = run(*command, "--help")
+        assert result.code == 0
+        assert "Usage" in result.out
