@@ -60,7 +60,9 @@ def load_transformers(name: str) -> Encoder:
         if dual:
             processor = transformers.AutoImageProcessor.from_pretrained(name)
             return TransformersEncoder(model, tokenizer, preprocessing_of(processor), spec)
-        return SentenceEncoder(model, tokenizer, sentence_pooling(name), spec)
+        # transformers marks a length that it does not know by 1e30.
+        lengths = tokenizer.model_max_length, getattr(config, "max_position_embeddings", 256)
+        return SentenceEncoder(model, tokenizer, sentence_pooling(name, int(min(lengths))), spec)
     except InputError:
         raise
     except Exception as error:
@@ -284,8 +286,8 @@ def processor_config(preprocessing: ImagePreprocessing, kind: str) -> dict[str, 
     }
 
 
-def sentence_pooling(name: str) -> dict[str, Any]:
-    """Pooling mode and maximum length as sentence-transformers wrote them beside the model; mean and 256 otherwise.
+def sentence_pooling(name: str, longest: int) -> dict[str, Any]:
+    """Pooling mode and maximum length as sentence-transformers wrote them beside the model; else mean and `longest`.
 
     Raises:
         InputError: a pooling mode other than mean, cls or max, or layers after the pooling.
@@ -318,5 +320,5 @@ def sentence_pooling(name: str) -> dict[str, Any]:
         raise InputError(f"transformers:{name} pools by {mode!r}; supported are mean, cls and max")
     return {
         "mode": mode,
-        "max_length": int(side_file("sentence_bert_config.json").get("max_seq_length") or 256),
+        "max_length": int(side_file("sentence_bert_config.json").get("max_seq_length") or longest),
     }

@@ -28,9 +28,7 @@ def as_rows(values: Any, name: str) -> Float[np.ndarray, "row dim"]:
         rows = rows.astype(np.float32 if rows.dtype == np.float16 else np.float64)
     bad = np.isnan(rows).any(axis=1)
     if bad.any():
-        raise InputError(
-            f"{name} row {int(bad.argmax())} contains NaN; encode that item again or leave it out"
-        )
+        raise InputError(f"{name} row {int(bad.argmax())} contains NaN; encode that item again or leave it out")
     return rows
 
 
@@ -38,7 +36,5 @@ def unit_rows(rows: Float[np.ndarray, "row dim"], name: str) -> Float[np.ndarray
     """Each row divided by its Euclidean norm."""
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     if not norm.all():
-        raise InputError(
-            f"{name} row {int((norm == 0).argmax())} is all zero and has no direction; leave it out"
-        )
+        raise InputError(f"{name} row {int((norm == 0).argmax())} is all zero and has no direction; leave it out")
     return rows / norm

@@ -37,9 +37,7 @@ def cmc_map_self_excluded(
     """CMC and mAP of row i of `query` against every row of `gallery` but i. Classes of one are skipped."""
     queries, references = _same_dimensions(query, gallery)
     if len(queries) != len(references):
-        raise InputError(
-            f"query has {len(queries)} rows, gallery {len(references)}; both must hold the same items"
-        )
+        raise InputError(f"query has {len(queries)} rows, gallery {len(references)}; both must hold the same items")
     classes, items = as_numpy(labels), np.arange(len(queries))
     values = per_query_metrics(
         queries=queries,
@@ -50,9 +48,7 @@ def cmc_map_self_excluded(
         chunk_size=chunk_size,
     )
     valid = ~np.isnan(values["ap"])
-    return CMCResult(
-        cmc_curve(values["first_rank"], topk), float(values["ap"][valid].mean()), int(valid.sum())
-    )
+    return CMCResult(cmc_curve(values["first_rank"], topk), float(values["ap"][valid].mean()), int(valid.sum()))
 
 
 def cmc_curve(first_rank: Float[np.ndarray, " query"], topk: int) -> Float[np.ndarray, " topk"]:

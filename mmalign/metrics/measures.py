@@ -18,9 +18,7 @@ MapDenominator = Literal["min(R,k)", "R"]
 PerQuery = dict[str, Float[np.ndarray, " query"]]
 
 
-def binary_metrics(
-    items: RankedItems, n_query: int, ks: Sequence[int], map_denominator: MapDenominator
-) -> PerQuery:
+def binary_metrics(items: RankedItems, n_query: int, ks: Sequence[int], map_denominator: MapDenominator) -> PerQuery:
     """first_rank, rr, ap, hit@k, recall@k, precision@k, ap@k, r_precision and ap@r; NaN if no positive."""
 
     def total(weights: Float[np.ndarray, " entry"]) -> Float[np.ndarray, " query"]:
@@ -33,9 +31,7 @@ def binary_metrics(
     first = np.cumsum(n_relevant) - n_relevant
     best = np.full(n_query, np.nan)
     best[n_relevant > 0] = items.rank[first[n_relevant > 0]]
-    precision = (
-        np.arange(items.rank.size) - first[items.query] + 1
-    ) / items.rank  # P@j at each relevant item
+    precision = (np.arange(items.rank.size) - first[items.query] + 1) / items.rank  # P@j at each relevant item
 
     out = {"first_rank": best, "rr": 1 / best, "ap": total(precision) / r}
     for k in ks:
@@ -61,9 +57,7 @@ def ndcg(items: RankedItems, n_query: int, ks: Sequence[int], gain: Gain) -> Per
     ideal_rank = np.arange(gains.size) - (np.cumsum(count) - count)[items.query] + 1
 
     def dcg(rank: Float[np.ndarray, " entry"], gains: Float[np.ndarray, " entry"], k: int) -> np.ndarray:
-        return np.bincount(
-            items.query, weights=np.where(rank <= k, gains / np.log2(rank + 1), 0.0), minlength=n_query
-        )
+        return np.bincount(items.query, weights=np.where(rank <= k, gains / np.log2(rank + 1), 0.0), minlength=n_query)
 
     out = {}
     for k in ks:

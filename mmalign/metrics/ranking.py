@@ -78,9 +78,7 @@ def rank_relevant(
             if ids.size:
                 values = scores[ids]
                 above, size = _count(scores, values)
-                relevant.add(
-                    query, _rank(scores, ids, np.ones(ids.size), above, size, ties), np.ones(ids.size)
-                )
+                relevant.add(query, _rank(scores, ids, np.ones(ids.size), above, size, ties), np.ones(ids.size))
                 best = int(values.argmax())
                 group[:, query] = above[best], size[best], np.count_nonzero(values == values[best])
             if graded_ids.size:
@@ -106,9 +104,7 @@ def score_blocks(
 
     query_rows, gallery_rows = as_rows(queries, "queries"), as_rows(gallery, "gallery")
     if query_rows.shape[1] != gallery_rows.shape[1]:
-        raise InputError(
-            f"queries have {query_rows.shape[1]} dimensions, the gallery {gallery_rows.shape[1]}"
-        )
+        raise InputError(f"queries have {query_rows.shape[1]} dimensions, the gallery {gallery_rows.shape[1]}")
     if normalize:
         query_rows, gallery_rows = unit_rows(query_rows, "queries"), unit_rows(gallery_rows, "gallery")
     return (
@@ -180,9 +176,7 @@ def _rank(
     rank = np.empty(ids.size, dtype=np.int64)
     rank[order] = above[order] + 1 + np.arange(ids.size) - start
     if ties == "pessimistic":
-        listed = np.searchsorted(-values[order], -values, side="right") - np.searchsorted(
-            -values[order], -values
-        )
+        listed = np.searchsorted(-values[order], -values, side="right") - np.searchsorted(-values[order], -values)
         rank += size - listed
     return rank
 
@@ -227,9 +221,7 @@ def _distinct_rows(rows: Float[np.ndarray, "row dim"]) -> tuple[np.ndarray, np.n
         )
     first, copy_of = np.unique(key, return_index=True, return_inverse=True)[1:]
     repeated = np.flatnonzero(first[copy_of] != np.arange(len(rows)))
-    if not (
-        rows[repeated] == rows[first[copy_of[repeated]]]
-    ).all():  # two rows share a hash: 1 in 10^7 at 10^6 rows
+    if not (rows[repeated] == rows[first[copy_of[repeated]]]).all():  # two rows share a hash: 1 in 10^7 at 10^6 rows
         first, copy_of = np.unique(rows, axis=0, return_index=True, return_inverse=True)[1:]
     return first, copy_of.reshape(-1)
 

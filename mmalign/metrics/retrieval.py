@@ -115,12 +115,8 @@ def per_query_metrics(
     check_ties(ties)
     ks = _cutoffs(ks)
     if ties == "expected" and grades is not None:
-        raise InputError(
-            "ties='expected' is defined for hit@k only; leave grades out or choose another policy"
-        )
-    n_query, n_gallery, blocks = score_blocks(
-        scores, queries, gallery, normalize=normalize, chunk_size=chunk_size
-    )
+        raise InputError("ties='expected' is defined for hit@k only; leave grades out or choose another policy")
+    n_query, n_gallery, blocks = score_blocks(scores, queries, gallery, normalize=normalize, chunk_size=chunk_size)
     relevant, graded, group = rank_relevant(
         blocks,
         _id_lists(positives, n_query, n_gallery, "positives"),
@@ -158,9 +154,7 @@ def evaluate_ranked(
     """
     lists = as_numpy(ids)
     if lists.ndim != 2 or not np.issubdtype(lists.dtype, np.integer):
-        raise InputError(
-            f"ids must be an integer matrix [query, depth], not {lists.dtype} of shape {lists.shape}"
-        )
+        raise InputError(f"ids must be an integer matrix [query, depth], not {lists.dtype} of shape {lists.shape}")
     if lists.size and lists.min() < -1:
         raise InputError(f"id {lists.min()} is negative; only -1, for a missing result, has a meaning")
     ks = _cutoffs(ks)
@@ -173,16 +167,12 @@ def evaluate_ranked(
         relevant = relevant_ids[query]
         found = row[row >= 0]
         if np.unique(found).size != found.size:
-            raise InputError(
-                f"the result list of query {query} holds an id twice; merge duplicates before evaluating"
-            )
+            raise InputError(f"the result list of query {query} holds an id twice; merge duplicates before evaluating")
         if removed_ids is not None:
             row = row[~np.isin(row, removed_ids[query])]
             relevant = np.setdiff1d(relevant, removed_ids[query])
         if row.size < max(ks) and found.size == depth:
-            raise InputError(
-                f"query {query} has {row.size} results for k={max(ks)}; ask the index for a longer list"
-            )
+            raise InputError(f"query {query} has {row.size} results for k={max(ks)}; ask the index for a longer list")
         rank = np.full(relevant.size, np.inf)
         hits = np.flatnonzero(np.isin(row, relevant))
         rank[: hits.size] = hits + 1
@@ -221,9 +211,7 @@ def image_text_retrieval(
     if owners.shape != (len(texts),):
         raise InputError(f"owner must hold one image row per text: shape ({len(texts)},), not {owners.shape}")
     if owners.size and (owners.min() < 0 or owners.max() >= len(images)):
-        raise InputError(
-            f"owner names image rows {owners.min()} to {owners.max()}, there are {len(images)} images"
-        )
+        raise InputError(f"owner names image rows {owners.min()} to {owners.max()}, there are {len(images)} images")
     rows = np.arange(len(images))
     i2t = evaluate(
         queries=images,
@@ -257,9 +245,7 @@ def recall_sum(*directions: Mapping[str, float], ks: Sequence[int] | None = None
     return math.fsum(_hits(directions, ks))
 
 
-def median_rank(
-    first_rank: Float[np.ndarray, " query"], convention: Literal["plain", "open_clip"] = "plain"
-) -> float:
+def median_rank(first_rank: Float[np.ndarray, " query"], convention: Literal["plain", "open_clip"] = "plain") -> float:
     """MedR of 1-based best ranks. NaN (skipped queries) is left out.
 
     "plain" is the median; "open_clip" is floor(median of 0-based ranks) + 1, as open_clip prints it. They
@@ -311,9 +297,7 @@ def _averages(per_query: PerQuery, bootstrap: int | Literal["auto"], seed: int) 
     some_hit = next(values for name, values in per_query.items() if name.startswith("hit@"))
     n_query = int((~np.isnan(some_hit)).sum())
     if n_query == 0:
-        raise InputError(
-            f"none of the {some_hit.size} queries has a positive in the gallery; check the labels or ids"
-        )
+        raise InputError(f"none of the {some_hit.size} queries has a positive in the gallery; check the labels or ids")
     means = {_mean_name(name): values for name, values in per_query.items() if not name.startswith("tie@")}
     out: dict[str, float] = {name: _mean(values) for name, values in means.items()}
     if "mnr" in means:
@@ -388,9 +372,7 @@ def _cutoffs(ks: Sequence[int]) -> list[int]:
 def _id_lists(lists: Positives, n_query: int, n_gallery: int | None, name: str) -> list[np.ndarray]:
     """Sorted and distinct ids per query."""
     if len(lists) != n_query:
-        raise InputError(
-            f"{name} has {len(lists)} entries for {n_query} queries; give one sequence of ids per query"
-        )
+        raise InputError(f"{name} has {len(lists)} entries for {n_query} queries; give one sequence of ids per query")
     out = []
     for query, given in enumerate(lists):
         ids = as_numpy(given)
@@ -419,9 +401,7 @@ def _graded_lists(grades: Grades, n_query: int, n_gallery: int) -> list[tuple[np
         dense = [(np.arange(n_gallery), row.astype(np.float64)) for row in matrix]
     else:
         if len(grades) != n_query:
-            raise InputError(
-                f"grades has {len(grades)} entries for {n_query} queries; give one mapping per query"
-            )
+            raise InputError(f"grades has {len(grades)} entries for {n_query} queries; give one mapping per query")
         dense = [
             (np.array(sorted(row), dtype=np.int64), np.array([row[i] for i in sorted(row)], dtype=np.float64))
             for row in grades

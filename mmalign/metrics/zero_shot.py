@@ -53,9 +53,7 @@ def zero_shot_accuracy(
     true = as_numpy(labels)
     n_class = len(class_weights)
     if not np.issubdtype(true.dtype, np.integer) or true.ndim != 1 or not true.size:
-        raise InputError(
-            f"labels must be one integer class per image, not {true.dtype} of shape {true.shape}"
-        )
+        raise InputError(f"labels must be one integer class per image, not {true.dtype} of shape {true.shape}")
     if true.min() < 0 or true.max() >= n_class:
         raise InputError(f"labels run from {true.min()} to {true.max()}; there are {n_class} classes")
     values = per_query_metrics(

@@ -99,14 +99,10 @@ class Golden:
 
     def tolerance(self, dtype: str = "float64", default: float | None = None) -> dict[str, float]:
         """rtol and atol for a dtype from the json; `default` (both alike) where the json states none."""
-        stated = next(
-            (self.meta[key] for key in ("tolerance", "suggested_tolerance") if key in self.meta), None
-        )
+        stated = next((self.meta[key] for key in ("tolerance", "suggested_tolerance") if key in self.meta), None)
         found = parse_tolerance(stated, dtype) if stated is not None else None
         if found is None:
-            assert default is not None, (
-                f"{self.name} states no {dtype} tolerance that can be read: {stated!r}"
-            )
+            assert default is not None, f"{self.name} states no {dtype} tolerance that can be read: {stated!r}"
             found = {"rtol": default, "atol": default}
         return found
 

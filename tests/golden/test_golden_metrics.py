@@ -57,9 +57,7 @@ class Case:
         self.golden = golden
         rows = np.arange(len(self.scores))
         self.positives = positives_from_relevance(golden["relevance"])
-        for ours, from_owner in zip(
-            self.positives, positives_from_labels(rows, golden["text_owner"]), strict=True
-        ):
+        for ours, from_owner in zip(self.positives, positives_from_labels(rows, golden["text_owner"]), strict=True):
             np.testing.assert_array_equal(ours, from_owner)
         self.image_of = positives_from_labels(golden["text_owner"], rows)
         self.i2t = cache(self._i2t)
@@ -79,9 +77,9 @@ class Case:
             return self.t2i()[name.removeprefix("t2i_")]
         if name.startswith("ndcg_"):
             kind, _, k = name.removeprefix("ndcg_").partition("@")
-            return self.i2t(
-                gain={"bin": "linear", "lin": "linear", "exp": "exponential"}[kind], graded=kind != "bin"
-            )[f"ndcg@{k}"]
+            return self.i2t(gain={"bin": "linear", "lin": "linear", "exp": "exponential"}[kind], graded=kind != "bin")[
+                f"ndcg@{k}"
+            ]
         if name.startswith("AP@"):
             k, _, denominator = name.removeprefix("AP@").partition("_div_")
             return self.i2t(map_denominator={"min": "min(R,k)", "R": "R"}[denominator])[f"ap@{k}"]
@@ -231,9 +229,7 @@ def test_align_eval(golden: Any, dtype: str) -> None:
     for direction, (queries, gallery) in repeated.items():
         wanted = golden.meta[f"row_duplicated_{direction}"]
         ks = sorted({int(name.partition("@")[2]) for name in wanted})
-        result = evaluate(
-            queries=queries, gallery=gallery, positives=positives_from_labels(owner, owner), ks=ks
-        )
+        result = evaluate(queries=queries, gallery=gallery, positives=positives_from_labels(owner, owner), ks=ks)
         for name, expected in wanted.items():
             measure, _, k = name.partition("@")
             ours = result[{"R": "hit", "P": "precision", "MAP": "map"}[measure] + f"@{k}"]

@@ -816,6 +816,7 @@ def test_auto_dtype_takes_the_faster_one_and_rounds_nothing(
     spec = f"open_clip:tiny-clip/{open_clip_checkpoint}"
     assert load_encoder(spec, device="cpu", dtype="auto").dtype in (torch.float32, torch.bfloat16)
 
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
     for seconds, expected in (((0, 1, 1, 9), torch.float32), ((0, 9, 9, 10), torch.bfloat16)):
         clock = iter(seconds)  # start and end in float32, then in bfloat16

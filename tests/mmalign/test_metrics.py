@@ -34,9 +34,7 @@ from mmalign.metrics import (
 KS = (1, 3, 7)
 
 
-def random_problem(
-    seed: int, n: int = 12, g: int = 40, levels: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def random_problem(seed: int, n: int = 12, g: int = 40, levels: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Scores (rounded to `levels` values if given) and relevance with at least one positive a row."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(n, g))
@@ -47,9 +45,7 @@ def random_problem(
     return scores, relevance
 
 
-def by_hand(
-    scores: np.ndarray, relevance: np.ndarray, grades: np.ndarray, ties: str, ks: tuple[int, ...]
-) -> dict:
+def by_hand(scores: np.ndarray, relevance: np.ndarray, grades: np.ndarray, ties: str, ks: tuple[int, ...]) -> dict:
     """One query, by sorting a list and counting down it."""
     tie_key = {
         "index": lambda j: j,
@@ -199,9 +195,7 @@ def test_expected_hit_is_the_average_over_random_orders_of_ties() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), levels=st.integers(1, 6))
-def test_pessimistic_bounds_index_and_expected_from_below_optimistic_from_above(
-    seed: int, levels: int
-) -> None:
+def test_pessimistic_bounds_index_and_expected_from_below_optimistic_from_above(seed: int, levels: int) -> None:
     scores, relevance = random_problem(seed, n=4, g=15, levels=levels)
     options: dict[str, Any] = {"positives": positives_from_relevance(relevance), "ks": KS}
     low, index, high = (
@@ -252,10 +246,7 @@ def test_chunks_equal_the_whole_matrix(chunk_size: int) -> None:
     inner = evaluate(queries @ gallery.T, positives=positives)
     assert inner != whole
     assert (
-        evaluate(
-            queries=queries, gallery=gallery, positives=positives, chunk_size=chunk_size, normalize=False
-        )
-        == inner
+        evaluate(queries=queries, gallery=gallery, positives=positives, chunk_size=chunk_size, normalize=False) == inner
     )
 
 
@@ -293,9 +284,7 @@ def test_the_order_of_the_gallery_does_not_matter_without_ties() -> None:
 
 def test_exclusion_is_by_id_not_by_rank() -> None:
     """The query's copy stands above its own row: taking out rank 0 would take the copy and leave the item."""
-    scores = np.array(
-        [[5.0, 6.0, 1.0, 4.0]]
-    )  # item 0 is the query itself, 1 a better scored copy, 2 its class
+    scores = np.array([[5.0, 6.0, 1.0, 4.0]])  # item 0 is the query itself, 1 a better scored copy, 2 its class
     positives = [[0, 2]]
     exclude = exclude_same_item(np.array(["a"]), np.array(["a", "copy of a", "c", "d"]))
     got = per_query_metrics(scores, positives=positives, exclude=exclude, ks=[1, 3])
