@@ -175,7 +175,8 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
         _say(f"  skipped ({entry['reason']}): {entry['message']}")
     if len(report.skipped) > 10:
         _say(
-            f"  ... and {len(report.skipped) - 10:,} more skipped; `mmalign info {index.store.folder} --skipped` lists them"
+            f"  ... and {len(report.skipped) - 10:,} more skipped; "
+            f"`mmalign info {index.store.folder} --skipped` lists them"
         )
     if report.metadata_unmatched:
         _say(f"  {report.metadata_unmatched:,} metadata rows name no indexed file")
@@ -187,7 +188,8 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
     faiss, measured = index.manifest["faiss"], index.manifest["measured"]
     if faiss is not None and faiss["factory"] != "SQfp16":
         _say(
-            f"  FAISS {faiss['factory']}: recall@10 {measured['recall@10']:.3f} measured with {measured['kind']} queries"
+            f"  FAISS {faiss['factory']}: recall@10 {measured['recall@10']:.3f}, "
+            f"measured with {measured['kind']} queries"
         )
     if index.manifest["encoder"]["spec"] == "bundled":
         from mmalign.encoders.bundled import LIMITS
@@ -386,7 +388,8 @@ def info(
         f"{faiss['candidates']} candidates a result"
         if faiss
         else "-",
-        "recall@10": f"{measured['recall@10']} {measured['interval95']} on {measured['queries']} {measured['kind']} queries"
+        "recall@10": f"{measured['recall@10']} {measured['interval95']} on {measured['queries']} "
+        f"{measured['kind']} queries"
         if measured
         else "-",
         "metadata": ", ".join(about["metadata_columns"]) or "-",

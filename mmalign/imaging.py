@@ -18,7 +18,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -239,7 +239,7 @@ def read_image(
     except (UnreadableImageError, InputError):
         raise
     except Exception as error:
-        raise _explain(error, data, image_format, name, header) from error
+        raise _explain(error, data, image_format, name) from error
     return _finish(pixels, image_format, flags)
 
 
@@ -275,25 +275,17 @@ def _named_bytes(source: Any) -> tuple[str, bytes]:
     raise InputError(f"an image must be a path, bytes, Pillow image, array or tensor, not {kind}")
 
 
-def _ends_early(error: Exception, data: bytes, image_format: str, image: Image.Image | None) -> bool:
+def _ends_early(error: Exception, data: bytes, image_format: str) -> bool:
     """Whether decoding failed for want of data, rather than because of what the data say."""
-    if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return True
-    with suppress(Exception):  # tags of any type, in a damaged TIFF
-        tags: Any = getattr(image, "tag_v2", {})
-        for offsets, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
-            if any(a + b > len(data) for a, b in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)):
-                return bool(data)
-    return bool(data) and _is_cut(data, image_format)
+    announced = isinstance(error, EOFError) or "truncated" in str(error).lower()
+    return announced or (bool(data) and _is_cut(data, image_format))
 
 
-def _explain(
-    error: Exception, data: bytes, image_format: str, name: str, image: Image.Image | None = None
-) -> UnreadableImageError:
+def _explain(error: Exception, data: bytes, image_format: str, name: str) -> UnreadableImageError:
     text = _one_line(error)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return _refusal("too_large", name, f"{image_format}: {text}")
-    if _ends_early(error, data, image_format, image):
+    if _ends_early(error, data, image_format):
         return _refusal("truncated", name, f"{image_format} data end before the image does ({text})")
     return _refusal("corrupt", name, f"{image_format} data cannot be decoded ({text})")
 
@@ -491,7 +483,7 @@ def _decode_with_pillow(
     except Exception as error:
         if not (tolerate and isinstance(image, ImageFile.ImageFile)):
             raise
-        if not _ends_early(error, data, image.format or "", image):
+        if not _ends_early(error, data, image.format or ""):
             raise
         # The rows decoded so far are in place: without tiles left to decode, `load` accepts them.
         image.tile = []

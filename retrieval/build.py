@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from mmalign.encoders import Encoder
@@ -19,13 +21,15 @@ from mmalign.progress import progress_bar
 
 from .draft import Draft
 from .items import NO_HASH, display_path
-from .metadata import find_metadata, join_metadata
+from .metadata import find_metadata, join_metadata, merge_metadata, read_metadata
 from .scan import FoundFile, ScanResult, scan
 
 __all__ = ["DecodeSettings", "ScanSettings", "UpdateReport", "add_images", "update_folder"]
 
 # Reasons that lie in the content: such a file is tried again only when its size or time has changed.
 _LASTING_REASONS = frozenset({"empty", "not_an_image", "truncated", "corrupt", "too_large"})
+# Reasons for which what the index has of a file is certainly not what the file holds now.
+_REPLACED_REASONS = _LASTING_REASONS | {"unsupported", "no_vector"}
 
 
 @dataclass(frozen=True)
@@ -121,19 +125,24 @@ def update_folder(
     state = _State(draft, root_number, found, report)
     if not found.files:
         _refuse_empty(root, state.known, scanning)
-    todo = state.triage()
+    columns = _read_metadata(draft, root, root_number, metadata, report)
+    todo = state.triage(asdict(decode))
     load = _loader(encoder, os.fsencode(root), state, decode)
     loop_started = time.perf_counter()
     encoded = 0
     with progress_bar("indexing", len(todo), enabled=progress and bool(todo), skipped=0) as advance:
+        settled = True
         try:
             for batch in encode_stream(encoder, todo, load, batch_size=batch_size, workers=workers):
+                settled = False
                 state.take(batch.outcomes, batch.vectors)
                 encoded += len(batch.vectors)
-                advance(len(batch.outcomes), skipped=len(report.skipped))
                 draft.checkpoint_if_due()
+                settled = True
+                advance(len(batch.outcomes), skipped=len(report.skipped))
         except KeyboardInterrupt:
-            draft.checkpoint()
+            if settled:  # else it came in the middle of entering a batch, which may be half done
+                draft.checkpoint()
             raise
     if encoded:
         report.encoded_per_second = encoded / (time.perf_counter() - loop_started)
@@ -143,7 +152,8 @@ def update_folder(
         raise InputError(
             f"none of the {len(found.files)} image files in {str(root)!r} can be read; the first: {first['message']}"
         )
-    _apply_metadata(draft, root, root_number, metadata, report)
+    if columns is not None:
+        _apply_metadata(draft, root_number, *columns, report)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -242,7 +252,8 @@ class _State:
         }
         self.row_of_hash: dict[bytes, int] = dict(zip(items.sha256, items.row, strict=True))
         self.place_of_hash: dict[bytes, int] = {digest: place for place, digest in enumerate(items.sha256)}
-        present = {file.path for file in found.files}
+        self.known_before = len(self.known)
+        present = {file.path for file in found.files} | found.closed_files
         closed = tuple(folder + b"/" for folder in found.closed_folders if folder)
         self.missing = {
             path: place
@@ -254,11 +265,14 @@ class _State:
             self.missing_by_hash.setdefault(items.sha256[place], []).append(path)
         # Vectors imported without files carry no hash: the file now found under that name is taken to be theirs.
         self.imported = {path for path, place in self.known.items() if items.sha256[place] == NO_HASH}
+        # What is known of contents whose item has been given other content in this run.
+        self.about_of_hash: dict[bytes, tuple[int, int, str, str]] = {}
         self.dropped: set[int] = set()
 
-    def triage(self) -> list[FoundFile]:
-        """Files worth opening: new ones, and known ones whose size or time differs."""
+    def triage(self, decode: dict[str, Any]) -> list[FoundFile]:
+        """Files worth opening: new ones, known ones whose size or time differs, bad ones if `decode` is another now."""
         items, draft = self.draft.items, self.draft
+        retry = draft.first_settings.get("decode", decode) != decode
         mine = [entry for entry in draft.skipped if entry["root"] == self.root]
         others = [entry for entry in draft.skipped if entry["root"] != self.root]
         before = {os.fsencode(entry["path"]): entry for entry in mine}
@@ -271,24 +285,28 @@ class _State:
             entry = before.get(file.path)
             if (
                 entry is not None
+                and not retry
                 and entry["reason"] in _LASTING_REASONS
                 and (entry["size"], entry["mtime_ns"]) == (file.size, file.mtime_ns)
             ):
                 kept.append(entry)
+                if place is not None:  # a run that was stopped before it dropped the item
+                    self.dropped.add(place)
                 continue
             todo.append(file)
         draft.skipped = others + kept
         self.report.skipped.extend(kept)
         for path, reason, message in self.found.problems:
             self._skip(path, reason, f"{display_path(path)}: {message}", 0, 0)
-        if draft.skipped != mine + others:
-            draft.touch()
         return todo
 
     def take(self, outcomes: list[Outcome[FoundFile, _Loaded]], vectors: Any) -> None:
         """Enter a batch, in the order of the files."""
         wanted: list[int] = []
         first = self.draft.rows
+        # An encoder in half precision can overflow.
+        sound = np.isfinite(vectors).all(axis=1) & (np.abs(vectors).max(axis=1, initial=0) > 0)
+        outcomes = [self._judged(outcome, sound) for outcome in outcomes]
         for outcome in outcomes:
             if outcome.vector is not None and outcome.payload is not None:
                 digest = bytes.fromhex(outcome.payload.content.sha256)
@@ -305,6 +323,13 @@ class _State:
             assert outcome.payload is not None
             self._enter(outcome.source.path, outcome.payload)
 
+    @staticmethod
+    def _judged(outcome: Outcome[FoundFile, _Loaded], sound: np.ndarray) -> Outcome[FoundFile, _Loaded]:
+        if outcome.vector is None or sound[outcome.vector]:
+            return outcome
+        message = f"{display_path(outcome.source.path)}: the encoder gives no finite vector for it"
+        return Outcome(outcome.source, error=UnreadableImageError("no_vector", message))
+
     def _enter(self, path: bytes, loaded: _Loaded) -> None:
         items, content = self.draft.items, loaded.content
         digest = bytes.fromhex(content.sha256)
@@ -316,11 +341,10 @@ class _State:
             self.report.unchanged += 1
             return
         like = self.place_of_hash.get(digest)
-        about = (
-            (loaded.width, loaded.height, loaded.format, loaded.flags)
-            if loaded.format or like is None
-            else (items.width[like], items.height[like], items.format[like], items.flags[like])
-        )
+        if loaded.format or like is None:
+            about = loaded.width, loaded.height, loaded.format, loaded.flags
+        else:
+            about = self.about_of_hash.get(digest) or self._about(like)
         values = {
             "row": self.row_of_hash[digest],
             "root": self.root,
@@ -348,7 +372,12 @@ class _State:
         self.known[path] = place
         self.place_of_hash.setdefault(digest, place)
 
+    def _about(self, place: int) -> tuple[int, int, str, str]:
+        items = self.draft.items
+        return items.width[place], items.height[place], items.format[place], items.flags[place]
+
     def _overwrite(self, place: int, values: dict[str, Any]) -> None:
+        self.about_of_hash.setdefault(self.draft.items.sha256[place], self._about(place))
         for name, value in values.items():
             getattr(self.draft.items, name)[place] = value
 
@@ -364,14 +393,13 @@ class _State:
         self.report.skipped.append(entry)
         self.draft.skipped.append(entry)
         place = self.known.get(path)
-        if place is not None and reason in _LASTING_REASONS:
-            self.dropped.add(place)  # what the index has is not what the file holds now
-        self.draft.touch()
+        if place is not None and reason in _REPLACED_REASONS:
+            self.dropped.add(place)
 
     def remove_missing(self, allow: bool) -> None:
         """Drop items whose files are gone, unless so many are that a missing disk is likelier."""
         gone = set(self.missing.values())
-        if not allow and len(gone) > 10 and len(gone) > len(self.known) / 2:
+        if not allow and len(gone) > 10 and len(gone) > self.known_before / 2:
             self.report.withheld_removals = len(gone)
             gone = set()
         doomed = gone | self.dropped
@@ -381,17 +409,56 @@ class _State:
         self.report.removed = len(doomed)
 
 
-def _apply_metadata(draft: Draft, root: Path, root_number: int, metadata: Path | None, report: UpdateReport) -> None:
-    settings = draft.manifest["settings"]
-    remembered = settings.get("metadata_file")
-    path = metadata or (Path(remembered) if remembered and Path(remembered).is_file() else find_metadata(root))
+def _read_metadata(
+    draft: Draft, root: Path, root_number: int, given: Path | None, report: UpdateReport
+) -> tuple[pa.Table, Path, bool] | None:
+    """The user's columns: from the file given now or in an earlier run, else from `metadata.csv` and its like.
+
+    Read before anything is encoded. A file that was given must fit; one that merely lies in the folder need not.
+    """
+    remembered = draft.manifest["settings"].setdefault("metadata", {})
+    if given is not None:
+        remembered[str(root_number)] = os.fspath(Path(given).resolve())
+    chosen = remembered.get(str(root_number))
+    if given is None and chosen is not None and not Path(chosen).is_file():
+        chosen = None
+    path = Path(chosen) if chosen is not None else find_metadata(root)
     if path is None:
-        return
+        return None
+    try:
+        return read_metadata(path), path, given is not None
+    except InputError as error:
+        if given is not None:
+            raise
+        report.skipped.append(_metadata_problem(root_number, path, error))
+        return None
+
+
+def _metadata_problem(root_number: int, path: Path, error: InputError) -> dict[str, Any]:
+    about = {"root": root_number, "path": os.fspath(path), "reason": "metadata", "message": str(error)}
+    return {**about, "size": 0, "mtime_ns": 0}
+
+
+def _apply_metadata(
+    draft: Draft, root_number: int, table: pa.Table, path: Path, given: bool, report: UpdateReport
+) -> None:
+    """Join columns to the items of one folder.
+
+    An item keeps the values it has until the file has a row for it: files that were moved are not forgotten because
+    the metadata still name their old places.
+    """
     items = draft.items
     ids = {p: i for p, i, r in zip(items.raw_path, items.id, items.root, strict=True) if r == root_number}
-    table, report.metadata_unmatched = join_metadata(path, ids)
     stored = draft.metadata()
-    if stored is None or not stored.equals(table):
-        draft.set_metadata(table)
-    if metadata is not None:
-        settings["metadata_file"] = os.fspath(metadata.resolve())
+    joined, report.metadata_unmatched = join_metadata(table, ids)
+    if not len(joined) and len(table) and ids and stored is None:
+        problem = InputError(
+            f"none of the {len(table)} rows of {str(path)!r} names an indexed file; give paths relative to the "
+            "indexed folder"
+        )
+        if given:
+            raise problem
+        report.skipped.append(_metadata_problem(root_number, path, problem))
+    merged = merge_metadata(stored, joined, items.id)
+    if merged is not None and (stored is None or not stored.equals(merged)):
+        draft.set_metadata(merged)

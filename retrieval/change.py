@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmalign.errors import InputError
 
 from .build import DecodeSettings, ScanSettings, UpdateReport, update_folder
 from .draft import Draft
+from .faiss_index import choose_plan
 from .items import NO_HASH
 from .vectors import checked_rows
 
@@ -51,7 +53,10 @@ def apply_update(draft: Draft, encoder: Encoder, root: Path, number: int, option
     stored = draft.manifest["settings"].get("decode", {})
     decode = DecodeSettings(**{**stored, **{n: options.pop(n) for n in vars(DecodeSettings()) if n in options}})
     draft.manifest["settings"]["decode"] = asdict(decode)
+    if finishing.get("factory") is not None:
+        choose_plan(sys.maxsize, draft.dim, factory=finishing["factory"])  # a typing error costs no hours of encoding
     report = update_folder(draft, encoder, root, number, decode=decode, scanning=scanning, **options)
+    draft.checkpoint()
     draft.finish(encoder, progress=bool(options.get("progress")), **finishing)
     return report
 
@@ -71,7 +76,8 @@ def append_vectors(
             raise InputError(f"{len(given)} {name} for {len(vectors)} vectors; give one a vector")
     first = draft.rows
     starts = range(0, len(vectors), 65_536)
-    draft.stream_rows((checked_rows(vectors[start : start + 65_536], draft.dim) for start in starts), len(vectors))
+    pieces = (checked_rows(vectors[start : start + 65_536], draft.dim, first=start) for start in starts)
+    draft.stream_rows(pieces, len(vectors))
     ids = []
     for number in range(len(vectors)):
         name = paths[number] if paths is not None else f"vector-{first + number}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import os
 import time
@@ -14,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from mmalign.encoders import Encoder
+from mmalign.errors import InputError
 
 from . import faiss_index
 from .calibration import Calibration, query_bank
 from .items import ItemColumns, Items, read_arrow, write_arrow
 from .storage import Manifest, Store, Writer
-from .vectors import Vectors, write_rows
+from .vectors import Vectors, checked_rows, write_rows
 
 __all__ = ["Draft", "resolve_roots", "store_roots"]
 
@@ -41,7 +44,8 @@ class Draft:
         self.dim = int(manifest["encoder"]["dim"])
         self.segments: list[dict[str, Any]] = list(manifest["segments"])
         self.items = ItemColumns()
-        if manifest.get("items"):
+        writer.require_intact(manifest, [manifest[name] for name in ("items", "metadata", "skipped") if manifest[name]])
+        if manifest["items"]:
             stored = Items(read_arrow(self.folder / manifest["items"]), [])
             self.items = ItemColumns.of(stored)
         self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
@@ -50,6 +54,8 @@ class Draft:
         self._checkpoint_seconds = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
         self._changed = False
+        self.first_settings: dict[str, Any] = copy.deepcopy(manifest["settings"])
+        self._published = self.first_settings, list(self.skipped)
 
     @classmethod
     def start(cls, store: Store, writer: Writer, encoder: dict[str, Any], roots: list[Path], **options: Any) -> Draft:
@@ -131,7 +137,8 @@ class Draft:
 
     def checkpoint(self) -> None:
         """Publish: from here on readers see it, and nothing of it can be lost."""
-        if self._changed:
+        self.skipped.sort(key=lambda entry: (entry["root"], entry["path"]))
+        if self._changed or (self.manifest["settings"], self.skipped) != self._published:
             self._flush()
             table = self.items.to_table()
             self.manifest["items"] = self.writer.add("items", ".arrow", lambda file: write_arrow(table, file))
@@ -167,7 +174,7 @@ class Draft:
         vectors = self.vectors()
         if len(vectors) and self._faiss_is_stale(memory_bytes, force):
             if text_queries is not None:
-                self.write_queries(text_queries)
+                self.write_queries(checked_rows(text_queries, self.dim))
             elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
                 self.write_queries(encoder.encode_texts(query_bank(self.rows)))
             self._build_faiss(vectors, wanted_recall, memory_bytes, force, progress)
@@ -184,16 +191,26 @@ class Draft:
         if force or current is None:
             self._changed = True
             return True
-        plan = faiss_index.choose_plan(
-            self.rows, self.dim, factory=self.manifest["settings"].get("factory"), memory_bytes=memory_bytes
-        )
+        plan = self._plan(memory_bytes)
         grown = self.rows - current["rows"] > MERGE_SHARE * self.rows
         return grown or not self._same_type(plan)
+
+    def _plan(self, memory_bytes: int | None) -> faiss_index.Plan:
+        factory = self.manifest["settings"].get("factory")
+        with self._old_factory_forgiven():
+            return faiss_index.choose_plan(self.rows, self.dim, factory=factory, memory_bytes=memory_bytes)
+        return faiss_index.choose_plan(self.rows, self.dim, memory_bytes=memory_bytes)
+
+    def _old_factory_forgiven(self) -> contextlib.AbstractContextManager[None]:
+        """A factory string chosen in an earlier run, perhaps for more rows than there are now, must not stop this one."""
+        factory = self.manifest["settings"].get("factory")
+        forgiven = factory is not None and factory == self.first_settings.get("factory")
+        return contextlib.suppress(*([InputError] if forgiven else []))
 
     def _same_type(self, plan: faiss_index.Plan) -> bool:
         """Whether the current FAISS file is what the plan asks for; a chosen number of lists may lag behind growth."""
         current = self.manifest["faiss"]
-        if self.manifest["settings"].get("factory"):
+        if plan.factory == self.manifest["settings"].get("factory"):
             return bool(plan.factory == current["factory"])
         return bool(plan.factory.split(",")[-1] == current["factory"].split(",")[-1])
 
@@ -201,17 +218,21 @@ class Draft:
         self, vectors: Vectors, wanted: float, memory_bytes: int | None, force: bool, progress: bool
     ) -> None:
         rows = len(vectors)
-        plan = faiss_index.choose_plan(
-            rows, self.dim, factory=self.manifest["settings"].get("factory"), memory_bytes=memory_bytes
-        )
+        plan = self._plan(memory_bytes)
         current = self.manifest["faiss"]
         trained_on = rows
         if current and not force and self._same_type(plan) and rows <= 2 * current["trained_on"]:
             trained_on = current["trained_on"]
             plan = replace(plan, factory=current["factory"], parameters=current["parameters"])
+            self.writer.require_intact(self.manifest, [current["file"]])
             index = faiss_index.grow(self.folder / current["file"], vectors, current["rows"], rows)
         else:
-            index = faiss_index.build(vectors, rows, plan, progress=progress)
+            index = None
+            with self._old_factory_forgiven():
+                index = faiss_index.build(vectors, rows, plan, progress=progress)
+            if index is None:
+                plan = faiss_index.choose_plan(rows, self.dim, memory_bytes=memory_bytes)
+                index = faiss_index.build(vectors, rows, plan, progress=progress)
         queries = self._queries()
         kind = "text" if queries is not None else "image"
         if queries is None:
@@ -237,6 +258,7 @@ class Draft:
         if dead <= DEAD_SHARE * self.rows and len(self.segments) <= MAX_SEGMENTS:
             return
         vectors = self.vectors()
+        self.writer.require_intact(self.manifest, [segment["file"] for segment in self.segments])
         if dead <= DEAD_SHARE * self.rows:
             alive[:] = True  # joining alone keeps row numbers, and with them the FAISS file
         rows = int(alive.sum())
@@ -295,6 +317,7 @@ class Draft:
         names += [manifest["faiss"]["file"]] if manifest["faiss"] else []
         self.manifest = self.writer.publish(manifest, names)
         self._changed = False
+        self._published = copy.deepcopy(manifest["settings"]), list(self.skipped)
 
 
 def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:

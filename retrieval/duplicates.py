@@ -38,7 +38,7 @@ def find_duplicates(index: ImageIndex, threshold: float | None = None, *, neighb
     if threshold is not None:
         if not -1 <= threshold <= 1:
             raise InputError(f"threshold {threshold} is no cosine; give a number between -1 and 1, such as 0.98")
-        rows = np.flatnonzero(index.alive)
+        rows = np.flatnonzero(index.snapshot.alive)
         starts, ends = [], []
         for part in np.array_split(rows, max(1, len(rows) // 1024)):
             scores, found = index.search_vectors(index.vectors.gather(part), min(neighbours + 1, max(1, len(rows))))

@@ -125,20 +125,20 @@ def choose_plan(rows: int, dim: int, *, factory: str | None = None, memory_bytes
     """
     lists = 2 ** round(math.log2(max(4 * math.sqrt(rows), 1)))
     if factory is not None:
-        return _plan_of(factory, rows)
+        return _plan_of(factory, rows, dim)
     if rows <= EXACT_ROWS:
         return Plan("SQfp16")
     memory = memory_bytes if memory_bytes is not None else _machine_memory() // 2
     if rows <= 1_000_000 and rows * dim <= memory:
-        return _plan_of(f"IVF{lists},SQ8", rows)
+        return _plan_of(f"IVF{lists},SQ8", rows, dim)
     coarse = f"IVF{max(lists, 4096)}" + ("_HNSW32" if rows > 1_000_000 else "")
-    return _plan_of(f"{coarse},RaBitQfs", rows)
+    return _plan_of(f"{coarse},RaBitQfs", rows, dim)
 
 
-def _plan_of(factory: str, rows: int) -> Plan:
+def _plan_of(factory: str, rows: int, dim: int) -> Plan:
     faiss = import_faiss()
     try:
-        index = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise InputError(f"FAISS does not understand the factory string {factory!r}: {reason}") from None
@@ -178,7 +178,13 @@ def build(vectors: Vectors, rows: int, plan: Plan, *, progress: bool = False, se
             inner.cp.seed = seed + 1234
         sample = min(rows, max(64 * lists, 65_536))
         chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False)) if sample < rows else None
-        index.train(vectors.gather(np.arange(rows) if chosen is None else chosen))
+        try:
+            index.train(vectors.gather(np.arange(rows) if chosen is None else chosen))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise InputError(
+                f"FAISS cannot train {plan.factory!r} on {sample} vectors ({reason}); choose a type with fewer centroids"
+            ) from None
     with progress_bar("building the FAISS index", rows, unit="vectors", enabled=progress) as advance:
         for _, piece in vectors.chunks(0, rows):
             index.add(np.ascontiguousarray(piece))

@@ -6,29 +6,25 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
-from mmalign.errors import EncoderMismatchError, IndexDamagedError, InputError
+from mmalign.errors import EncoderMismatchError, InputError
 
 from . import faiss_index
 from .build import DecodeSettings, UpdateReport, add_images
-from .calibration import Calibration
 from .change import append_vectors, apply_update, describe_encoder, draft_options
-from .draft import Draft, read_skipped, resolve_roots, store_roots
+from .draft import Draft, read_skipped, store_roots
 from .duplicates import find_duplicates
-from .filters import kept_ids
 from .hits import Hit
-from .items import Item, Items, display_path, iterate, read_arrow
-from .planner import search_rows
+from .items import Item, Items, display_path, iterate
 from .query import Query, Term, as_terms, embed_query, embed_vector
+from .snapshot import Snapshot
 from .storage import Manifest, Store
 from .vectors import Vectors
 
@@ -55,7 +51,7 @@ class ImageIndex:
         self.store = Store(Path(folder))
         self.device = device
         self._encoder = encoder
-        self.refresh()
+        self.snapshot = Snapshot(self.store)
         if encoder is not None:
             self._check_encoder(encoder)
 
@@ -124,7 +120,7 @@ class ImageIndex:
         faiss_index.import_faiss()
         if not isinstance(encoder, Encoder):
             encoder = load_encoder(encoder or DEFAULT_SPEC, device=device, dtype=dtype)
-        encoder._require("image")
+        encoder.require("image")
         with store.write() as writer:
             try:
                 draft = Draft.start(store, writer, describe_encoder(encoder), [root], **draft_options(options))
@@ -190,24 +186,40 @@ class ImageIndex:
         return cls(store.folder, encoder=encoder)
 
     def refresh(self) -> None:
-        """See what has been written since."""
-        manifest = self.store.read_manifest()
-        folder = self.store.folder
-        self.manifest: Manifest = manifest
-        self.dim = int(manifest["encoder"]["dim"])
-        self.roots = resolve_roots(manifest["roots"], folder)
-        self.vectors = Vectors([folder / segment["file"] for segment in manifest["segments"]], self.dim)
-        table = read_arrow(folder / manifest["items"]) if manifest["items"] else None
-        if table is None or len(self.vectors) != manifest["rows"] or table.num_rows != manifest["item_count"]:
-            raise IndexDamagedError(
-                f"index {str(folder)!r}: vectors, items and manifest do not agree in number; index the folder again"
-            )
-        self.items = Items(table, self.roots)
-        self.calibration = Calibration.from_dict(manifest["calibration"])
-        for name in ("alive", "_alive_count", "faiss", "metadata", "_metadata_rows"):
-            self.__dict__.pop(name, None)
+        """See what has been written since; searches that are running finish on the state they began with."""
+        self.snapshot = Snapshot(self.store)
 
     # -- looking at it ---------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Manifest:
+        """What `manifest.json` says; see `retrieval.storage`."""
+        return self.snapshot.manifest
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.snapshot.dim
+
+    @property
+    def roots(self) -> list[Path]:
+        """The indexed folders, where they are now."""
+        return self.snapshot.roots
+
+    @property
+    def items(self) -> Items:
+        """The item table."""
+        return self.snapshot.items
+
+    @property
+    def vectors(self) -> Vectors:
+        """All rows, memory-mapped."""
+        return self.snapshot.vectors
+
+    @property
+    def metadata(self) -> pa.Table | None:
+        """The user's columns with `id`."""
+        return self.snapshot.metadata
 
     def __len__(self) -> int:
         return len(self.items)
@@ -217,31 +229,6 @@ class ImageIndex:
 
     def __repr__(self) -> str:
         return f"ImageIndex({str(self.store.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
-
-    @cached_property
-    def alive(self) -> Bool[np.ndarray, " rows"]:
-        """Which vector rows belong to an item."""
-        return self.items.alive(len(self.vectors))
-
-    @cached_property
-    def faiss(self) -> Any:
-        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none."""
-        about = self.manifest["faiss"]
-        if about is None:
-            return None
-        index = faiss_index.read(self.store.folder / about["file"], about["parameters"])
-        if index.ntotal != about["rows"] or index.d != self.dim:
-            raise IndexDamagedError(
-                f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "
-                f"{self.dim}; `mmalign verify {self.store.folder} --repair` rebuilds it"
-            )
-        return index
-
-    @cached_property
-    def metadata(self) -> pa.Table | None:
-        """The user's columns with `id`."""
-        name = self.manifest["metadata"]
-        return read_arrow(self.store.folder / name) if name else None
 
     @property
     def encoder(self) -> Encoder:
@@ -269,7 +256,7 @@ class ImageIndex:
             "folder": os.fspath(self.store.folder),
             "roots": [display_path(os.fsencode(root)) for root in self.roots],
             "images": len(self),
-            "distinct": int(self.alive.sum()),
+            "distinct": self.snapshot.alive_count,
             "skipped": len(self.skipped()),
             "encoder": manifest["encoder"],
             "decode": manifest["settings"].get("decode", {}),
@@ -287,29 +274,9 @@ class ImageIndex:
         """Files that could not be read, with `path`, `reason` and `message`."""
         return read_skipped(self.store.folder, self.manifest)
 
-    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
-        """Unit rows of the text queries that tune and calibrate the index; `None` where its encoder takes no text."""
-        name = self.manifest["queries"]
-        return np.load(self.store.folder / name, allow_pickle=False) if name else None
-
     def verify(self) -> list[str]:
         """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
-        problems = list(self.store.check_contents(self.manifest))
-        rows = self.items.numbers("row")
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self.vectors)):
-            problems.append("the item table names vector rows that do not exist")
-        for first, piece in self.vectors.chunks():
-            norms = np.linalg.norm(piece, axis=1)
-            bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-            if len(bad):
-                problems.append(f"{len(bad)} vectors are not of unit length (first: row {first + bad[0]})")
-                break
-        if not any("faiss-" in problem for problem in problems):
-            try:
-                _ = self.faiss
-            except IndexDamagedError as error:
-                problems.append(str(error))
-        return problems
+        return self.snapshot.verify()
 
     # -- searching -------------------------------------------------------------------------------------------------
 
@@ -347,10 +314,11 @@ class ImageIndex:
         else:
             fast = bool(self.manifest["settings"].get("decode", {}).get("fast_decode"))
             vector, kind = embed_query(self.encoder, as_terms(query), fast_decode=fast)
-        passing = self.passing(where) if where is not None else None
-        mask = self._rows_of(passing) if passing is not None else None
-        scores, rows = self.search_vectors(vector[None], k, mask=mask, exact=exact)
-        return self._hits(scores[0], rows[0], kind, min_match, min_score, passing)
+        snapshot = self.snapshot
+        passing = snapshot.passing(where) if where is not None else None
+        mask = snapshot.rows_of(passing) if passing is not None else None
+        scores, rows = snapshot.search_vectors(vector[None], k, mask=mask, exact=exact)
+        return snapshot.hits(scores[0], rows[0], kind, min_match=min_match, min_score=min_score, passing=passing)
 
     def similar(self, image: int | str | os.PathLike[str], k: int = 10, **options: Any) -> list[Hit]:
         """The images most like one of the index (by id or path) or any other image file; itself left out.
@@ -358,7 +326,7 @@ class ImageIndex:
         Raises:
             InputError: no such id.
         """
-        position = self._position_of(image)
+        position = self.snapshot.position_of(image)
         if position is None:
             if isinstance(image, int):
                 raise InputError(f"the index has no item with id {image}; `search` results carry ids")
@@ -388,94 +356,7 @@ class ImageIndex:
         Raises:
             InputError: k below 1, or queries of another shape.
         """
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least one result")
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
-        queries = np.ascontiguousarray(queries, np.float32)
-        return search_rows(
-            self.vectors,
-            queries,
-            k,
-            allowed=self.alive if mask is None else self.alive & mask,
-            kept=self._alive_count if mask is None else None,
-            about=None if exact else self.manifest["faiss"],
-            index=lambda: self.faiss,
-        )
-
-    @cached_property
-    def _alive_count(self) -> int:
-        return int(np.count_nonzero(self.alive))
-
-    def mask(self, where: str | Sequence[str]) -> Bool[np.ndarray, " rows"]:
-        """Vector rows with at least one item for which the filter holds, for `search_vectors`."""
-        return self._rows_of(self.passing(where))
-
-    def passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
-        """Items for which the filter holds; see `retrieval.filters.kept_ids`."""
-        return np.isin(self.items.numbers("id"), kept_ids(self.items.table, self.metadata, where))
-
-    def _rows_of(self, passing: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " rows"]:
-        mask = np.zeros(len(self.vectors), bool)
-        mask[self.items.numbers("row")[passing]] = True
-        return mask
-
-    def _hits(
-        self,
-        scores: np.ndarray,
-        rows: np.ndarray,
-        kind: str,
-        min_match: float | None,
-        min_score: float | None,
-        passing: Bool[np.ndarray, " items"] | None,
-    ) -> list[Hit]:
-        matches = self.calibration.match(scores, kind) if self.calibration else [None] * len(scores)
-        hits: list[Hit] = []
-        for score, row, match in zip(scores, rows, matches, strict=True):
-            if row < 0:
-                break
-            if min_score is not None and score < min_score:
-                break
-            if min_match is not None and match is not None and match < min_match:
-                break
-            positions = self.items.positions_of_row(int(row))
-            if passing is not None:
-                positions = [position for position in positions if passing[position]]
-            item = self.items.item(positions[0])
-            aliases = tuple(self.items.item(position).path for position in positions[1:])
-            level = None if match is None else float(match)
-            hits.append(Hit(len(hits) + 1, float(score), level, item, aliases, self._metadata_of(item.id)))
-        return hits
-
-    def _metadata_of(self, number: int) -> dict[str, Any]:
-        if self.metadata is None:
-            return {}
-        row = self._metadata_rows.get(number)
-        if row is None:
-            return {}
-        return {name: self.metadata.column(name)[row].as_py() for name in self.metadata.column_names if name != "id"}
-
-    @cached_property
-    def _metadata_rows(self) -> dict[int, int]:
-        assert self.metadata is not None
-        return {number: row for row, number in enumerate(self.metadata.column("id").to_pylist())}
-
-    def _position_of(self, image: int | str | os.PathLike[str]) -> int | None:
-        if isinstance(image, int):
-            found = np.flatnonzero(self.items.numbers("id") == image)
-            return int(found[0]) if len(found) else None
-        wanted = Path(image).resolve()
-        for number, root in enumerate(self.roots):
-            try:
-                raw = os.fsencode(wanted.relative_to(root.resolve()).as_posix())
-            except ValueError:
-                continue
-            roots = self.items.numbers("root")
-            matching = pc.equal(self.items.table.column("path"), display_path(raw)).to_numpy()
-            for position in np.flatnonzero(matching & (roots == number)):
-                if self.items.raw_path(int(position)) == raw:
-                    return int(position)
-        return None
+        return self.snapshot.search_vectors(queries, k, mask=mask, exact=exact)
 
     def duplicates(self, threshold: float | None = None, *, neighbours: int = 20) -> list[list[Item]]:
         """Groups of images that are the same; see `retrieval.duplicates.find_duplicates`."""

@@ -55,7 +55,7 @@ def merge_indexes(
             draft = Draft.start(store, writer, first, roots)
             draft.manifest["settings"] = {"decode": opened[0].manifest["settings"].get("decode", {})}
             if opened[0].manifest["queries"] is not None:
-                queries = opened[0].reference_queries()
+                queries = opened[0].snapshot.reference_queries()
                 assert queries is not None
                 draft.write_queries(queries)
             tables = []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmalign.errors import InputError
 
-__all__ = ["find_metadata", "join_metadata", "read_table"]
+__all__ = ["concat_metadata", "find_metadata", "join_metadata", "merge_metadata", "read_metadata", "read_table"]
 
 _FILE_COLUMNS = ("file_name", "file", "path", "filename", "image")
 _AUTOMATIC = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
@@ -49,40 +51,92 @@ def read_table(path: Path) -> pa.Table:
     raise InputError(f"{str(path)!r} is not .csv, .jsonl or .parquet; convert it to one of these")
 
 
-def join_metadata(path: Path, ids_of_path: Mapping[bytes, int]) -> tuple[pa.Table, int]:
-    """Columns by item id, and how many rows named no indexed file.
+def read_metadata(path: Path) -> pa.Table:
+    """A table whose first column, `file`, says which image file a row is about; the others under their own names.
 
-    A row belongs to the item whose path below the indexed folder equals its file column (`file_name`, `file`, `path`,
-    `filename` or `image`), or whose bare name does if that name occurs once.
+    The file column is the first there is of `file_name`, `file`, `path`, `filename` and `image`.
 
     Raises:
-        InputError: no such column, or no row fits any item.
+        InputError: it cannot be read, has no such column, or has columns that differ only in case.
     """
     table = read_table(path)
-    column = next((name for name in _FILE_COLUMNS if name in table.column_names), None)
+    names = table.column_names
+    column = next((name for name in _FILE_COLUMNS if name in names), None)
     if column is None:
         raise InputError(
-            f"{str(path)!r} has no file column ({', '.join(_FILE_COLUMNS)}); its columns are "
-            f"{', '.join(table.column_names)}"
+            f"{str(path)!r} has no file column ({', '.join(_FILE_COLUMNS)}); its columns are {', '.join(names)}"
         )
+    if len({name.lower() for name in names}) < len(names):
+        raise InputError(f"{str(path)!r} has columns of the same name ({', '.join(names)}); rename them")
+    renamed = ["metadata_id" if name.lower() == "id" else name for name in names]
+    return table.rename_columns(renamed).add_column(0, _FILE, table.column(column))
+
+
+# Not a name that a column of the user's could have.
+_FILE = "\0file"
+
+
+def join_metadata(table: pa.Table, ids_of_path: Mapping[bytes, int]) -> tuple[pa.Table, int]:
+    """Columns by item id, and how many rows named no indexed file.
+
+    A row belongs to the item whose path below the indexed folder equals its file column, or whose bare name does if
+    that name occurs once. A file named twice takes its last row.
+
+    Args:
+        table: from `read_metadata`.
+        ids_of_path: the items of one folder.
+    """
     by_name: dict[bytes, int | None] = {}
     for raw, number in ids_of_path.items():
         name = raw.rpartition(b"/")[2]
         by_name[name] = None if name in by_name else number
-    rows, ids = [], []
-    for row, value in enumerate(table.column(column).to_pylist()):
-        raw = os.fsencode(str(value).replace(os.sep, "/")).removeprefix(b"./")
+    row_of_id: dict[int, int] = {}
+    unmatched = 0
+    for row, value in enumerate(table.column(_FILE).to_pylist()):
+        raw = _as_path(value)
         found = ids_of_path.get(raw, by_name.get(raw))
-        if found is not None:
-            rows.append(row)
-            ids.append(found)
-    if not rows and len(ids_of_path) and table.num_rows:
-        raise InputError(
-            f"none of the {table.num_rows} rows of {str(path)!r} names an indexed file (first: "
-            f"{table.column(column)[0].as_py()!r}); give paths relative to the indexed folder"
-        )
-    last = dict(zip(ids, rows, strict=True))  # a file named twice takes its last row
-    kept = table.take(pa.array(list(last.values()), pa.int64()))
-    if "id" in kept.column_names:
-        kept = kept.rename_columns(["metadata_id" if name == "id" else name for name in kept.column_names])
-    return kept.append_column("id", pa.array(list(last), pa.int64())), table.num_rows - len(rows)
+        if found is None:
+            unmatched += 1
+        else:
+            row_of_id[found] = row
+    kept = table.take(pa.array(list(row_of_id.values()), pa.int64())).drop_columns([_FILE])
+    return kept.append_column("id", pa.array(list(row_of_id), pa.int64())), unmatched
+
+
+def _as_path(value: Any) -> bytes:
+    """A cell of the file column; bytes where a CSV file is no UTF-8."""
+    raw = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
+    return raw.replace(os.sep.encode(), b"/").removeprefix(b"./")
+
+
+def merge_metadata(stored: pa.Table | None, fresh: pa.Table, living: Iterable[int]) -> pa.Table | None:
+    """Stored rows of the living items, replaced by fresh ones where there are any, in order of `id`."""
+    if stored is None:
+        return fresh.sort_by("id") if len(fresh) else None
+    wanted = pa.array(set(living) - set(fresh.column("id").to_pylist()), pa.int64())
+    kept = stored.filter(pc.is_in(stored.column("id"), wanted))
+    if not len(kept):
+        return fresh.sort_by("id")
+    kept = kept.drop_columns([n for n in kept.column_names if kept.column(n).null_count == len(kept)])
+    return concat_metadata([kept, fresh]).sort_by("id")
+
+
+def concat_metadata(tables: Sequence[pa.Table]) -> pa.Table:
+    """One below the other; columns that differ in case get the first one's name, those that differ in type are text."""
+    spelling: dict[str, str] = {}
+    renamed = []
+    for table in tables:
+        renamed.append(table.rename_columns([spelling.setdefault(n.lower(), n) for n in table.column_names]))
+    try:
+        return pa.concat_tables(renamed, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return pa.concat_tables([_as_text(table, renamed) for table in renamed], promote_options="permissive")
+
+
+def _as_text(table: pa.Table, tables: Sequence[pa.Table]) -> pa.Table:
+    for position, name in enumerate(table.column_names):
+        types = {other.schema.field(name).type for other in tables if name in other.column_names}
+        if len(types) > 1:
+            text = [None if value is None else str(value) for value in table.column(name).to_pylist()]
+            table = table.set_column(position, name, pa.array(text, pa.string()))
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -64,11 +65,15 @@ class FoundFile:
 
 @dataclass
 class ScanResult:
-    """Files in byte order of their paths; places that could not be looked into."""
+    """Files in byte order of their paths; what could not be looked at: path, reason, message.
+
+    Whether the files of a closed folder, and closed files, are still there is not known.
+    """
 
     files: list[FoundFile] = field(default_factory=list)
     problems: list[tuple[bytes, str, str]] = field(default_factory=list)
     closed_folders: list[bytes] = field(default_factory=list)
+    closed_files: set[bytes] = field(default_factory=set)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -172,8 +177,12 @@ def _look(
             return
         about = entry.stat()
     except OSError as error:
-        # Broken links, links to themselves, files that vanished since the listing.
-        result.problems.append((path, "missing", f"cannot be looked at: {error.strerror}"))
+        # Broken links, links to themselves, files that vanished since the listing; or no permission, a failing disk.
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        if not gone:
+            result.closed_files.add(path)
+        reason = "missing" if gone else "permission" if isinstance(error, PermissionError) else "unreadable"
+        result.problems.append((path, reason, f"cannot be looked at: {error.strerror}"))
         return
     if entry.is_file():
         yield FoundFile(path, about.st_size, about.st_mtime_ns)

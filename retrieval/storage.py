@@ -24,7 +24,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -63,24 +63,27 @@ class Store:
             InputError: no index here.
             IndexDamagedError: a file is missing or has another size, or the format is newer.
         """
-        for attempt in range(3):
+        while True:
             name = self._current()
-            manifest = self._parse(name)
-            problems = list(self._check_sizes(manifest))
-            if not problems:
-                return manifest
-            # A writer may have moved on and cleared old files between our two reads.
-            if attempt == 2 or self._current() == name:
-                raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problems[0]}; {_REPAIR}")
-        raise AssertionError("unreachable")
+            try:
+                manifest = self._parse(name)
+                problem = next(self._check_sizes(manifest), None)
+                if problem is None:
+                    return manifest
+                raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_REPAIR}")
+            except IndexDamagedError:
+                # A writer may have moved on and cleared old files between our two reads.
+                if self._current() == name:
+                    raise
 
     def read_unchecked(self) -> Manifest:
         """The manifest in force, whatever became of its files; for finding out what is wrong."""
         return self._parse(self._current())
 
-    def check_contents(self, manifest: Manifest) -> Iterator[str]:
-        """Yield a line for every file whose size or SHA-256 is not what the manifest says."""
-        for name, about in manifest["files"].items():
+    def check_contents(self, manifest: Manifest, names: Iterable[str] | None = None) -> Iterator[str]:
+        """Yield a line for every file, or every named one, whose size or SHA-256 is not what the manifest says."""
+        for name in manifest["files"] if names is None else names:
+            about = manifest["files"][name]
             problem = self._check_size(name, about)
             if problem is None and _sha256(self.folder / name) != about["sha256"]:
                 problem = f"{name} was altered (its SHA-256 is not the recorded one)"
@@ -103,7 +106,7 @@ class Store:
         if not (name.startswith("manifest-") and name.endswith(".json") and "/" not in name):
             raise IndexDamagedError(
                 f"{str(self.folder / 'CURRENT')!r} does not name a manifest ({name[:40]!r}); write the name of the "
-                "newest manifest-*.json into it, or index the folder again"
+                "newest manifest-*.json into it, or delete the index and make it again"
             )
         return name
 
@@ -112,19 +115,20 @@ class Store:
         try:
             sealed = json.loads(path.read_text(encoding="utf-8"))
             manifest, seal = sealed["manifest"], sealed["sha256"]
-            format_version = manifest["format"]
+            newer = manifest["format"] > FORMAT_VERSION
+            altered = _seal(manifest) != seal
         except FileNotFoundError:
             raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} is missing; {_OLDER}") from None
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise IndexDamagedError(
                 f"index {str(self.folder)!r} is damaged: {name} is not readable; {_OLDER}"
             ) from None
-        if format_version > FORMAT_VERSION:
+        if newer:
             raise IndexDamagedError(
-                f"index {str(self.folder)!r} has format {format_version}, this mmalign reads up to {FORMAT_VERSION}; "
+                f"index {str(self.folder)!r} has format {manifest['format']}, this mmalign reads up to {FORMAT_VERSION}; "
                 "upgrade with `pip install -U mmalign`"
             )
-        if _seal(manifest) != seal:
+        if altered:
             raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} was altered; {_OLDER}")
         return manifest
 
@@ -196,7 +200,9 @@ class Store:
 
 
 _REPAIR = "`mmalign verify INDEX` names every damaged file and the remedy"
-_OLDER = "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise index the folder again"
+_OLDER = (
+    "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise delete the index and make it again"
+)
 
 
 class Writer:
@@ -250,6 +256,16 @@ class Writer:
         self._count = 0
         self._clear(manifest, previous)
         return manifest
+
+    def require_intact(self, manifest: Manifest, names: Iterable[str]) -> None:
+        """Before content of old files goes into new ones: a damaged file must not get a good checksum that way.
+
+        Raises:
+            IndexDamagedError: the SHA-256 of a file is not the recorded one.
+        """
+        known = {**manifest.get("files", {}), **self.written}
+        for problem in self.store.check_contents({"files": known}, names):
+            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_REPAIR}")
 
     def abandon(self) -> None:
         """After a failure: clear what belongs to no generation, so that a first build that failed leaves nothing."""

@@ -72,8 +72,8 @@ def write_rows(file: IO[bytes], pieces: Iterable[np.ndarray], rows: int, dim: in
         raise ValueError(f"{written} rows written, {rows} announced")
 
 
-def checked_rows(vectors: np.ndarray, dim: int | None = None) -> Float[np.ndarray, "n dim"]:
-    """A user's vectors as unit rows in float32.
+def checked_rows(vectors: np.ndarray, dim: int | None = None, *, first: int = 0) -> Float[np.ndarray, "n dim"]:
+    """A user's vectors as unit rows in float32. `first` is the number that messages give to the first row.
 
     Raises:
         InputError: not two-dimensional, another width, or rows that are not finite or are zero (named).
@@ -87,7 +87,7 @@ def checked_rows(vectors: np.ndarray, dim: int | None = None) -> Float[np.ndarra
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(bad):
-        named = ", ".join(map(str, bad[:5])) + ("..." if len(bad) > 5 else "")
+        named = ", ".join(map(str, first + bad[:5])) + ("..." if len(bad) > 5 else "")
         raise InputError(f"{len(bad)} of {len(rows)} vectors are zero or not finite (rows {named}); remove them")
     if np.all(np.abs(norms - 1) < 1e-6):
         return rows

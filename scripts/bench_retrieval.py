@@ -106,7 +106,7 @@ def bench_indexing(arguments: argparse.Namespace) -> None:
         whole = len(files) / seconds(lambda: subprocess.run(command, check=True, capture_output=True))
         print(f"whole `mmalign index` command     {whole:7.1f} images/s")
         if arguments.clip_retrieval:
-            rate = len(files) / seconds(lambda: run_clip_retrieval(arguments.clip_retrieval, folder))
+            rate = len(files) / seconds(lambda: run_clip_retrieval(arguments.clip_retrieval, folder, spec))
             print(f"whole clip-retrieval inference    {rate:7.1f} images/s   ours is {whole / rate:.1f} x")
         else:
             print(
@@ -143,13 +143,13 @@ def make_checkpoint(path: Path) -> str:
     return f"open_clip:ViT-B-32/{path}"
 
 
-def run_clip_retrieval(executable: str, folder: Path) -> None:
+def run_clip_retrieval(executable: str, folder: Path, spec: str) -> None:
     """clip-retrieval's own command on the same files and model."""
     out = folder / "clip-retrieval"
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(
         [executable, "inference", "--input_dataset", str(folder / "photos"), "--output_folder", str(out),
-         "--clip_model", "open_clip:ViT-B-32", "--enable_text", "False", "--num_prepro_workers", "2"],
+         "--clip_model", spec, "--enable_text", "False", "--num_prepro_workers", "2"],
         check=True, capture_output=True,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def bench_search(arguments: argparse.Namespace) -> None:
             index = ImageIndex.from_vectors(Path(temporary) / "index", vectors, text_queries=tuning[:200])
             built = time.perf_counter() - start
             index.search_vectors(text[:1], 10)
-            bare_index = index.faiss
+            bare_index = index.snapshot.faiss
             faiss.omp_set_num_threads(1)
             bare, ours, whole = [], [], []
             for query in text:  # alternating, so that a noisy neighbour disturbs all alike

@@ -118,7 +118,7 @@ class Encoder(ABC):
             InputError: this encoder takes no images, or `batch_size` is below 1.
             UnreadableImageError: an image cannot be read; `retrieval.ImageIndex` skips such files instead.
         """
-        self._require("image")
+        self.require("image")
         preprocessing = self.preprocessing
         assert preprocessing is not None
         images = [images] if _is_one_image(images) else list(images)
@@ -145,7 +145,7 @@ class Encoder(ABC):
         Raises:
             InputError: this encoder takes no texts, an item is not a string or is empty, or `batch_size` is below 1.
         """
-        self._require("text")
+        self.require("text")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
@@ -267,7 +267,8 @@ class Encoder(ABC):
                 raise
         return target
 
-    def _require(self, modality: str) -> None:
+    def require(self, modality: str) -> None:
+        """Raise InputError unless this encoder has a tower for "image" or "text"."""
         if modality not in self.modalities:
             able = " and ".join(sorted(self.modalities))
             raise InputError(f"encoder {self.spec!r} encodes {able} only; it has no {modality} tower")

@@ -115,6 +115,12 @@ def cut_scan(share: float, **options: object) -> bytes:
     return data[: int(len(data) * share)]
 
 
+def corrupt_tiff() -> bytes:
+    data = bytearray(encode(NOISE, "TIFF", compression="tiff_lzw"))
+    data[3000:6000] = b"\xff" * 3000
+    return bytes(data)
+
+
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
 PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
@@ -177,6 +183,7 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "webp without its last bytes": ("truncated", lambda: encode(NOISE, "WEBP", lossless=True)[:-4]),
     "tiff cut after 50%": ("truncated", lambda: (d := encode(NOISE, "TIFF"))[: len(d) // 2]),
     "tiff cut, compressed": ("truncated", lambda: encode(NOISE, "TIFF", compression="tiff_lzw")[:9000]),
+    "tiff, junk in its data": ("corrupt", corrupt_tiff),
     "tiff of its header": ("truncated", lambda: encode(NOISE, "TIFF")[:8]),
     "tiff of NaN": ("corrupt", lambda: nan_tiff(np.nan)),
     "tiff of infinity": ("corrupt", lambda: nan_tiff(-np.inf)),
@@ -295,8 +302,10 @@ def strip(height: int, width: int) -> np.ndarray:
 
 
 RGBA16 = png(48, 32, 16, 6, sixteen_bit(np.concatenate([BLOCKS, np.full((32, 48, 1), 255)], axis=2)))
-TRNS_WHITE16 = (b"tRNS", struct.pack(">HHH", 65535, 65535, 65535))
 YELLOW = (250, 250, 10)
+YELLOW16 = struct.pack(">HHH", *(value * 257 for value in YELLOW))
+# Low bytes that differ from the high ones, which are all that Pillow keeps of the pixels.
+OTHER_YELLOW16 = struct.pack(">HHH", *(value * 256 + 7 for value in YELLOW))
 
 # kind: file, expected pixels, levels of tolerance, flags
 READ: dict[str, tuple[Callable[[], bytes], np.ndarray, int, tuple[str, ...]]] = {
@@ -361,7 +370,9 @@ READ: dict[str, tuple[Callable[[], bytes], np.ndarray, int, tuple[str, ...]]] = 
     ),
     "png, 16 bit RGB": (lambda: png(48, 32, 16, 2, sixteen_bit(BLOCKS)), BLOCKS, 0, ("16bit",)),
     "png, 16 bit RGB with tRNS": (
-        lambda: png(48, 32, 16, 2, sixteen_bit(replaced(BLOCKS, YELLOW, 255)), TRNS_WHITE16),
+        lambda: png(
+            48, 32, 16, 2, sixteen_bit(BLOCKS).replace(YELLOW16, OTHER_YELLOW16), (b"tRNS", OTHER_YELLOW16)
+        ),
         replaced(BLOCKS, YELLOW, 255), 0, ("alpha", "16bit"),
     ),
     "png, 16 bit RGBA": (lambda: RGBA16, BLOCKS, 0, ("alpha", "16bit")),
@@ -502,12 +513,13 @@ def test_bad_pillow_images() -> None:
 # --- Incomplete files, when they are wanted
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG with end marker", "PNG", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG with end marker", "JPEG with thumbnail", "PNG", "GIF", "BMP", "TIFF"])
 def test_tolerated_truncation_keeps_the_rows_there_are(kind: str) -> None:
     name = kind.split()[0]
     array = NOISE if name in ("JPEG", "PNG", "BMP", "TIFF") else GRADIENT
     options = {"JPEG": {"quality": 95}, "GIF": {"interlace": False}}.get(name, {})
     whole = encode(array, name, **options)
+    whole = with_exif(whole, jpeg()) if "thumbnail" in kind else whole
     data = whole[: int(len(whole) * 0.7)] + (b"\xff\xd9" if "marker" in kind else b"")
     with pytest.raises(UnreadableImageError):
         read_image(data)
@@ -523,7 +535,9 @@ def test_tolerated_truncation_keeps_the_rows_there_are(kind: str) -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-@pytest.mark.parametrize("make", [lambda: flipped_idat(0.5), lambda: jpeg()[:50], lambda: bytes(99), lambda: b""])
+@pytest.mark.parametrize(
+    "make", [lambda: flipped_idat(0.5), corrupt_tiff, lambda: jpeg()[:50], lambda: bytes(99), lambda: b""]
+)
 def test_tolerated_truncation_does_not_tolerate_more(make: Callable[[], bytes]) -> None:
     with pytest.raises(UnreadableImageError):
         read_image(make(), tolerate_truncation=True)
@@ -732,3 +746,12 @@ def test_damage_anywhere_never_escapes_as_another_error() -> None:
                 with suppress(UnreadableImageError):  # and nothing else
                     decoded = read_image(data[:keep].tobytes(), tolerate_truncation=tolerate, max_pixels=10**6)
                     assert decoded.pixels.ndim == 3
+
+
+def test_an_icon_larger_than_its_directory_says() -> None:
+    data = bytearray(encode(Image.fromarray(np.tile(NOISE, (2, 2, 1))[:100, :100]), "ICO", sizes=[(100, 100)]))
+    data[6:8] = bytes([16, 16])
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(bytes(data), max_pixels=5000)
+    assert caught.value.reason == "too_large"
+    assert read_image(bytes(data)).width == 100

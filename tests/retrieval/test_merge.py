@@ -41,7 +41,7 @@ def test_merged_shards_equal_one_build(folder: Path, parts: list[Path], bundled:
     merged = merge_indexes(tmp_path / "merged", parts)
     assert sorted(item.path for item in merged) == sorted(item.path for item in whole)
     assert merged.verify() == []
-    assert int(merged.alive.sum()) == 13, "the copy shares its vector although another shard held it"
+    assert merged.snapshot.alive_count == 13, "the copy shares its vector although another shard held it"
     assert [entry["reason"] for entry in merged.skipped()] == ["not_an_image"]
     reopened = ImageIndex.open(merged.store.folder, encoder=bundled)
     for query in ("a plane", "food"):

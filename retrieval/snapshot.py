@@ -1,0 +1,196 @@
+"""One generation of an index, opened for reading: immutable, shared by threads, good until it is let go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float, Int
+
+from mmalign.errors import IndexDamagedError, InputError
+
+from . import faiss_index
+from .calibration import Calibration
+from .draft import resolve_roots
+from .filters import kept_ids
+from .hits import Hit
+from .items import Items, display_path, read_arrow
+from .planner import search_rows
+from .storage import Manifest, Store
+from .vectors import Vectors
+
+__all__ = ["Snapshot"]
+
+
+class Snapshot:
+    """What a manifest names, mapped into memory. A writer that publishes a newer one does not disturb it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        manifest = store.read_manifest()
+        folder = store.folder
+        self.manifest: Manifest = manifest
+        self.dim = int(manifest["encoder"]["dim"])
+        self.roots = resolve_roots(manifest["roots"], folder)
+        self.vectors = Vectors([folder / segment["file"] for segment in manifest["segments"]], self.dim)
+        table = read_arrow(folder / manifest["items"]) if manifest["items"] else None
+        if table is None or len(self.vectors) != manifest["rows"] or table.num_rows != manifest["item_count"]:
+            raise IndexDamagedError(
+                f"index {str(folder)!r}: vectors, items and manifest do not agree in number; index the folder again"
+            )
+        self.items = Items(table, self.roots)
+        self.calibration = Calibration.from_dict(manifest["calibration"])
+
+    @cached_property
+    def alive(self) -> Bool[np.ndarray, " rows"]:
+        """Which vector rows belong to an item."""
+        return self.items.alive(len(self.vectors))
+
+    @cached_property
+    def faiss(self) -> Any:
+        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none."""
+        about = self.manifest["faiss"]
+        if about is None:
+            return None
+        index = faiss_index.read(self.store.folder / about["file"], about["parameters"])
+        if index.ntotal != about["rows"] or index.d != self.dim:
+            raise IndexDamagedError(
+                f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "
+                f"{self.dim}; `mmalign verify {self.store.folder} --repair` rebuilds it"
+            )
+        return index
+
+    @cached_property
+    def metadata(self) -> pa.Table | None:
+        """The user's columns with `id`."""
+        name = self.manifest["metadata"]
+        return read_arrow(self.store.folder / name) if name else None
+
+    @cached_property
+    def alive_count(self) -> int:
+        """How many rows these are."""
+        return int(np.count_nonzero(self.alive))
+
+    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
+        """Unit rows of the text queries that tune and calibrate the index; `None` where its encoder takes no text."""
+        name = self.manifest["queries"]
+        return np.load(self.store.folder / name, allow_pickle=False) if name else None
+
+    def search_vectors(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int,
+        *,
+        mask: Bool[np.ndarray, " rows"] | None = None,
+        exact: bool = False,
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """See `ImageIndex.search_vectors`."""
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least one result")
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
+        queries = np.ascontiguousarray(queries, np.float32)
+        return search_rows(
+            self.vectors,
+            queries,
+            k,
+            allowed=self.alive if mask is None else self.alive & mask,
+            kept=self.alive_count if mask is None else None,
+            about=None if exact else self.manifest["faiss"],
+            index=lambda: self.faiss,
+        )
+
+    def passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
+        """Items for which the filter holds; see `retrieval.filters.kept_ids`."""
+        return np.isin(self.items.numbers("id"), kept_ids(self.items.table, self.metadata, where))
+
+    def rows_of(self, passing: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " rows"]:
+        """Vector rows with at least one of the given items."""
+        mask = np.zeros(len(self.vectors), bool)
+        mask[self.items.numbers("row")[passing]] = True
+        return mask
+
+    def hits(
+        self,
+        scores: Float[np.ndarray, " k"],
+        rows: Int[np.ndarray, " k"],
+        kind: str,
+        *,
+        min_match: float | None = None,
+        min_score: float | None = None,
+        passing: Bool[np.ndarray, " items"] | None = None,
+    ) -> list[Hit]:
+        """Results of one query as hits; `passing` says which of several files with equal content may stand for them."""
+        matches = self.calibration.match(scores, kind) if self.calibration else [None] * len(scores)
+        hits: list[Hit] = []
+        for score, row, match in zip(scores, rows, matches, strict=True):
+            if row < 0:
+                break
+            if min_score is not None and score < min_score:
+                break
+            if min_match is not None and match is not None and match < min_match:
+                break
+            positions = self.items.positions_of_row(int(row))
+            if passing is not None:
+                positions = [position for position in positions if passing[position]]
+            item = self.items.item(positions[0])
+            aliases = tuple(self.items.item(position).path for position in positions[1:])
+            level = None if match is None else float(match)
+            hits.append(Hit(len(hits) + 1, float(score), level, item, aliases, self._metadata_of(item.id)))
+        return hits
+
+    def _metadata_of(self, number: int) -> dict[str, Any]:
+        if self.metadata is None:
+            return {}
+        row = self._metadata_rows.get(number)
+        if row is None:
+            return {}
+        return {name: self.metadata.column(name)[row].as_py() for name in self.metadata.column_names if name != "id"}
+
+    @cached_property
+    def _metadata_rows(self) -> dict[int, int]:
+        assert self.metadata is not None
+        return {number: row for row, number in enumerate(self.metadata.column("id").to_pylist())}
+
+    def position_of(self, image: int | str | os.PathLike[str]) -> int | None:
+        """Line of the item table for an id or a path; `None` if there is none."""
+        if isinstance(image, int):
+            found = np.flatnonzero(self.items.numbers("id") == image)
+            return int(found[0]) if len(found) else None
+        wanted = Path(image).resolve()
+        for number, root in enumerate(self.roots):
+            try:
+                raw = os.fsencode(wanted.relative_to(root.resolve()).as_posix())
+            except ValueError:
+                continue
+            roots = self.items.numbers("root")
+            matching = pc.equal(self.items.table.column("path"), display_path(raw)).to_numpy()
+            for position in np.flatnonzero(matching & (roots == number)):
+                if self.items.raw_path(int(position)) == raw:
+                    return int(position)
+        return None
+
+    def verify(self) -> list[str]:
+        """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
+        problems = list(self.store.check_contents(self.manifest))
+        rows = self.items.numbers("row")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self.vectors)):
+            problems.append("the item table names vector rows that do not exist")
+        for first, piece in self.vectors.chunks():
+            norms = np.linalg.norm(piece, axis=1)
+            bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+            if len(bad):
+                problems.append(f"{len(bad)} vectors are not of unit length (first: row {first + bad[0]})")
+                break
+        if not any("faiss-" in problem for problem in problems):
+            try:
+                _ = self.faiss
+            except IndexDamagedError as error:
+                problems.append(str(error))
+        return problems
