@@ -234,10 +234,6 @@ def read_image(
                 pixels = _decode_jpeg(header, data, fast_decode, tolerate_truncation, flags)
             else:
                 pixels = _decode_with_pillow(header, data, tolerate_truncation, background, flags)
-        if pixels.shape[1] * pixels.shape[2] > limit:  # ICO and ICNS learn their size only now
-            raise _refusal("too_large", name, f"more pixels than the limit of {limit}")
-    except (UnreadableImageError, InputError):
-        raise
     except Exception as error:
         raise _explain(error, data, image_format, name) from error
     return _finish(pixels, image_format, flags)

@@ -748,10 +748,14 @@ def test_damage_anywhere_never_escapes_as_another_error() -> None:
                     assert decoded.pixels.ndim == 3
 
 
-def test_an_icon_larger_than_its_directory_says() -> None:
-    data = bytearray(encode(Image.fromarray(np.tile(NOISE, (2, 2, 1))[:100, :100]), "ICO", sizes=[(100, 100)]))
+def test_icons_larger_than_they_say() -> None:
+    data = bytearray(encode(np.tile(NOISE, (2, 2, 1))[:100, :100], "ICO", sizes=[(100, 100)]))
     data[6:8] = bytes([16, 16])
     with pytest.raises(UnreadableImageError) as caught:
         read_image(bytes(data), max_pixels=5000)
     assert caught.value.reason == "too_large"
-    assert read_image(bytes(data)).width == 100
+    inner = encode(np.tile(NOISE, (5, 4, 1))[:300, :300], "PNG")
+    entry = b"ic07" + struct.pack(">I", len(inner) + 8) + inner  # 128 x 128, by its type
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(b"icns" + struct.pack(">I", len(entry) + 8) + entry)
+    assert caught.value.reason == "corrupt"
