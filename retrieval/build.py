@@ -141,7 +141,7 @@ def update_folder(
                 settled = True
                 advance(len(batch.outcomes), skipped=len(report.skipped))
         except KeyboardInterrupt:
-            if settled:  # else it came in the middle of entering a batch, which may be half done
+            if settled and draft.worth_keeping:  # not settled: it came in the middle of entering a batch, which may be half done
                 draft.checkpoint()
             raise
     if encoded:
@@ -223,16 +223,12 @@ def _loader(
         content = read_file(os.fsdecode(os.path.join(root, found.path)))
         if bytes.fromhex(content.sha256) in state.row_of_hash or found.path in state.imported:
             return _Loaded(content), None
-        try:
-            image = read_image(
-                content,
-                max_pixels=decode.max_pixels,
-                fast_decode=size if decode.fast_decode else None,
-                tolerate_truncation=decode.tolerate_truncation,
-            )
-        except UnreadableImageError as error:
-            # Content has no name of its own: say which file.
-            raise UnreadableImageError(error.reason, f"{display_path(found.path)}: {error}") from None
+        image = read_image(
+            content,
+            max_pixels=decode.max_pixels,
+            fast_decode=size if decode.fast_decode else None,
+            tolerate_truncation=decode.tolerate_truncation,
+        )
         loaded = _Loaded(content, image.width, image.height, image.format, ",".join(image.flags))
         return loaded, preprocessing(image.pixels)
 

@@ -460,7 +460,7 @@ def test_heic() -> None:
 
 def test_heic_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     read_image(jpeg())
-    monkeypatch.setattr(imaging, "_plugin_formats", ())
+    monkeypatch.setattr(imaging.identifying, "_plugin_formats", ())
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "AVIF")])
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for brand in (b"heic", b"mif1", b"avif"):
@@ -663,7 +663,7 @@ def grow_while_reading(path: Path, monkeypatch: pytest.MonkeyPatch, times: int) 
                 file.write(b"x")
         return real(descriptor)
 
-    monkeypatch.setattr(imaging.os, "fstat", fstat)
+    monkeypatch.setattr(imaging.reading.os, "fstat", fstat)
 
 
 def test_a_file_that_changed_once_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,7 +692,7 @@ def test_a_file_rewritten_with_the_same_size_is_noticed(tmp_path: Path, monkeypa
         os.utime(path, ns=(clock[0], clock[0]))
         return real(descriptor)
 
-    monkeypatch.setattr(imaging.os, "fstat", fstat)
+    monkeypatch.setattr(imaging.reading.os, "fstat", fstat)
     refuses(path, "changed")
 
 

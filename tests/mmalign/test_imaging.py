@@ -80,7 +80,7 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
     Image.fromarray(array).save(path)
     content, stat = read_file(path), path.stat()
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert content == FileContent(path.read_bytes(), stat.st_size, stat.st_mtime_ns, sha256)
+    assert content == FileContent(path.read_bytes(), stat.st_size, stat.st_mtime_ns, sha256, repr(str(path)))
     unit = array.astype(np.float32) / 255
     for source in (
         path, str(path), content, content.data, Image.open(path), array, unit, unit.astype(np.float64),
