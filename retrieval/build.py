@@ -141,7 +141,7 @@ def update_folder(
                 settled = True
                 advance(len(batch.outcomes), skipped=len(report.skipped))
         except KeyboardInterrupt:
-            if settled and draft.worth_keeping:  # not settled: it came in the middle of entering a batch, which may be half done
+            if settled and draft.worth_keeping:  # not settled: a batch may have been entered by half
                 draft.checkpoint()
             raise
     if encoded:

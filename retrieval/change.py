@@ -19,6 +19,7 @@ from .build import DecodeSettings, ScanSettings, UpdateReport, update_folder
 from .draft import Draft
 from .faiss_index import choose_plan
 from .items import NO_HASH
+from .metadata import concat_metadata, number_rows
 from .vectors import checked_rows
 
 __all__ = ["append_vectors", "apply_update", "describe_encoder", "draft_options"]
@@ -96,7 +97,7 @@ def append_vectors(
             )
         )
     if metadata is not None:
-        table = metadata.append_column("id", pa.array(ids, pa.int64()))
+        table = number_rows(metadata, ids)
         stored = draft.metadata()
-        draft.set_metadata(pa.concat_tables([stored, table], promote_options="default") if stored else table)
+        draft.set_metadata(concat_metadata([stored, table]) if stored is not None else table)
     return ids

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmalign.encoders import Encoder
-from mmalign.errors import InputError
+from mmalign.errors import IndexDamagedError, InputError
 
 from . import faiss_index
 from .calibration import Calibration, query_bank
-from .items import ItemColumns, Items, read_arrow, write_arrow
+from .items import SCHEMA, ItemColumns, Items, read_arrow, write_arrow
 from .storage import Manifest, Store, Writer
 from .vectors import Vectors, checked_rows, write_rows
 
@@ -46,7 +46,7 @@ class Draft:
         self.items = ItemColumns()
         writer.require_intact(manifest, [manifest[name] for name in ("items", "metadata", "skipped") if manifest[name]])
         if manifest["items"]:
-            stored = Items(read_arrow(self.folder / manifest["items"]), [])
+            stored = Items(read_arrow(self.folder / manifest["items"], SCHEMA), [])
             self.items = ItemColumns.of(stored)
         self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
         self.pending: list[np.ndarray] = []
@@ -74,7 +74,9 @@ class Draft:
             "settings": {},
             "measured": {},
         }
-        return cls(writer, manifest, **options)
+        draft = cls(writer, manifest, **options)
+        draft.touch()  # even an index of nothing is to be written: one of many shards may find no files
+        return draft
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -127,9 +129,14 @@ class Draft:
 
     # -- publishing ------------------------------------------------------------------------------------------------
 
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether stopping now would lose anything: a first build that has found no image yet leaves no index."""
+        return len(self.items) > 0 or "generation" in self.manifest
+
     def checkpoint_if_due(self) -> None:
         """Publish what there is, if the last time was long enough ago for the cost to be small."""
-        if time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds:
+        if self.worth_keeping and time.monotonic() - self._last_checkpoint >= self._checkpoint_seconds:
             started = time.monotonic()
             self.checkpoint()
             # The table is rewritten whole: keep that under a twentieth of the time.
@@ -202,7 +209,7 @@ class Draft:
         return faiss_index.choose_plan(self.rows, self.dim, memory_bytes=memory_bytes)
 
     def _old_factory_forgiven(self) -> contextlib.AbstractContextManager[None]:
-        """A factory string chosen in an earlier run, perhaps for more rows than there are now, must not stop this one."""
+        """A factory string chosen in an earlier run, perhaps for more rows than there are now, must not stop this."""
         factory = self.manifest["settings"].get("factory")
         forgiven = factory is not None and factory == self.first_settings.get("factory")
         return contextlib.suppress(*([InputError] if forgiven else []))
@@ -264,7 +271,7 @@ class Draft:
         rows = int(alive.sum())
 
         def pieces() -> Iterator[np.ndarray]:
-            for first, piece in vectors.chunks():
+            for first, piece in vectors.stream():
                 yield piece[alive[first : first + len(piece)]]
 
         if rows < self.rows:
@@ -333,7 +340,17 @@ def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     name = manifest.get("skipped")
     if not name:
         return []
-    return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
+    try:
+        return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
+    except FileNotFoundError:
+        raise IndexDamagedError(
+            f"{str(folder / name)!r} is gone; `refresh()` if the index has been written since it was opened, else "
+            "`mmalign verify INDEX --repair`"
+        ) from None
+    except ValueError:
+        raise IndexDamagedError(
+            f"{str(folder / name)!r} is damaged; `mmalign verify INDEX --repair` drops it"
+        ) from None
 
 
 def store_roots(roots: list[Path], folder: Path) -> list[dict[str, str]]:

@@ -177,17 +177,21 @@ def build(vectors: Vectors, rows: int, plan: Plan, *, progress: bool = False, se
             inner.cp.niter = 10
             inner.cp.seed = seed + 1234
         sample = min(rows, max(64 * lists, 65_536))
-        chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False)) if sample < rows else None
+        chosen = np.zeros(rows, bool)
+        chosen[np.random.default_rng(seed).choice(rows, sample, replace=False)] = True
+        # Picking rows out of the mapped file would make most of its pages resident.
+        picked = [piece[chosen[first : first + len(piece)]] for first, piece in vectors.stream(0, rows)]
         try:
-            index.train(vectors.gather(np.arange(rows) if chosen is None else chosen))
+            index.train(np.concatenate(picked))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1][:200]
             raise InputError(
-                f"FAISS cannot train {plan.factory!r} on {sample} vectors ({reason}); choose a type with fewer centroids"
+                f"FAISS cannot train {plan.factory!r} on {sample} vectors ({reason}); "
+                "choose a type with fewer centroids"
             ) from None
     with progress_bar("building the FAISS index", rows, unit="vectors", enabled=progress) as advance:
-        for _, piece in vectors.chunks(0, rows):
-            index.add(np.ascontiguousarray(piece))
+        for _, piece in vectors.stream(0, rows):
+            index.add(piece)
             advance(len(piece))
     return index
 
@@ -196,8 +200,8 @@ def grow(path: Path, vectors: Vectors, start: int, stop: int) -> Any:
     """A copy of a stored index with rows [start, stop) added to it."""
     faiss = import_faiss()
     index = faiss.read_index(str(path))
-    for _, piece in vectors.chunks(start, stop):
-        index.add(np.ascontiguousarray(piece))
+    for _, piece in vectors.stream(start, stop):
+        index.add(piece)
     return index
 
 
@@ -261,12 +265,17 @@ def exact_search(
     rows: Int[np.ndarray, " kept"] | None = None,
     start: int = 0,
     stop: int | None = None,
+    mapped: bool = True,
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-    """Inner products with all rows in [start, stop), or with the given ones; the k best, row -1 as padding."""
+    """Inner products with all rows in [start, stop), or with the given ones; the k best, row -1 as padding.
+
+    `mapped=False` reads all rows through a buffer: slower when repeated, but a single pass keeps nothing in memory.
+    """
     best_scores = np.full((len(queries), 0), -np.inf, np.float32)
     best_rows = np.zeros((len(queries), 0), np.int64)
     if rows is None:
-        pieces = ((np.arange(first, first + len(piece)), piece) for first, piece in vectors.chunks(start, stop))
+        pass_over = vectors.chunks if mapped else vectors.stream
+        pieces = ((np.arange(first, first + len(piece)), piece) for first, piece in pass_over(start, stop))
     else:
         pieces = ((part, vectors.gather(part)) for part in np.array_split(rows, max(1, len(rows) // 65_536)))
     for numbers, piece in pieces:
@@ -349,7 +358,7 @@ def tune(
         The settings, with the recall reached and its 95 % interval (normal approximation over queries).
     """
     k = min(k, rows)
-    _, truth = exact_search(vectors, queries, k, stop=rows)
+    _, truth = exact_search(vectors, queries, k, stop=rows, mapped=False)
     parameters, candidates = dict(plan.parameters), plan.candidates
     ceiling = {"nprobe": getattr(_innermost(import_faiss(), index), "nlist", 0), "efSearch": 1024}
     while True:

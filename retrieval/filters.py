@@ -13,7 +13,9 @@ from mmalign.errors import InputError
 
 __all__ = ["kept_ids"]
 
-_KEY_VALUE = re.compile(r"\s*([^\W\d]\w*)\s*=\s*([^=<>'\"()]*?)\s*")
+_KEY_VALUE = re.compile(r"\s*([^\W\d]\w*)\s*=\s*([^=<>'\"();]*?)\s*")
+# Words of SQL in capitals: `width=1000 AND city IS NULL` is no value.
+_SQL = re.compile(r"\s(AND|OR|IS|IN|LIKE|BETWEEN|NOT)\s")
 
 
 def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[str]) -> Int[np.ndarray, " kept"]:
@@ -22,7 +24,8 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
     Args:
         items: columns of `retrieval.items.SCHEMA`; a column `modified` (timestamp, UTC) is added.
         metadata: the user's columns and `id`; ours win where names are equal.
-        where: conditions joined by AND. Each is SQL (`width > 1000 AND city = 'Rome'`) or `key=value`.
+        where: conditions joined by AND. Each is SQL (`width > 1000 AND city = 'Rome'`) or `key=value`, where the value
+            is compared as the column's type: text as it is, numbers by what they are.
 
     Raises:
         InputError: DuckDB cannot understand a condition; the columns are named.
@@ -30,34 +33,37 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
     import duckdb
 
     conditions = [where] if isinstance(where, str) else list(where)
+    kinds = {"modified": pa.timestamp("us"), **{field.name.lower(): field.type for field in items.schema}}
+    extra = []
+    for field in metadata.schema if metadata is not None else []:
+        if field.name.lower() not in kinds:
+            kinds[field.name.lower()] = field.type
+            extra.append('meta."' + field.name.replace('"', '""') + '"')
     clauses, values = [], []
     for condition in conditions:
         pair = _KEY_VALUE.fullmatch(condition)
-        if pair:
-            column = '"' + pair[1] + '"'
-            clauses.append(f"(CAST({column} AS VARCHAR) = ? OR TRY_CAST({column} AS DOUBLE) = TRY_CAST(? AS DOUBLE))")
-            values += [pair[2], pair[2]]
+        if pair and not _SQL.search(condition):
+            clauses.append(_equals(pair[1], kinds.get(pair[1].lower())))
+            values.append(pair[2])
         elif not condition.strip():
             raise InputError('a filter is empty; give for example "width > 1000" or city=Rome')
         else:
             clauses.append(f"({condition})")
+    columns = ", ".join(["items.*", "make_timestamp(items.mtime_ns // 1000) AS modified", *extra])
+    source = "items" if metadata is None else "items LEFT JOIN meta ON items.id = meta.id"
+    statement = f"SELECT id FROM (SELECT {columns} FROM {source}) WHERE {' AND '.join(clauses) or 'true'}"
     # A condition comes from a person or, in a service, from a stranger: it sees two tables and nothing else.
     connection = duckdb.connect(":memory:", config={"python_enable_replacements": "false"})
     try:
         connection.register("items", items)
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
-        source, extra = "items", []
         if metadata is not None:
             connection.register("meta", metadata)
-            source = "items LEFT JOIN meta ON items.id = meta.id"
-            extra = [
-                f'meta."{name}"' for name in metadata.column_names if name not in (*items.column_names, "modified")
-            ]
-        columns = ", ".join(["items.*", "make_timestamp(items.mtime_ns // 1000) AS modified", *extra])
-        statement = f"SELECT id FROM (SELECT {columns} FROM {source}) WHERE {' AND '.join(clauses)}"
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        if len(connection.extract_statements(statement)) != 1:
+            raise duckdb.ParserException("one condition, without semicolons")
         found = connection.execute(statement, values).fetchnumpy()["id"]
-    except duckdb.Error as error:
+    except (duckdb.Error, TypeError) as error:  # TypeError: text that is no Unicode
         reason = str(error).splitlines()[0]
         names = [name for name in items.column_names if name not in ("path_bytes", "sha256", "mtime_ns", "row")]
         names += ["modified", *(metadata.column_names if metadata is not None else [])]
@@ -68,3 +74,20 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
     finally:
         connection.close()
     return np.asarray(found, np.int64)
+
+
+def _equals(name: str, kind: pa.DataType | None) -> str:
+    """A comparison of a column with one parameter, in the column's type."""
+    column = f'"{name}"'
+    if kind is None or not (
+        pa.types.is_boolean(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        return f"CAST({column} AS VARCHAR) = ?"
+    if pa.types.is_boolean(kind):
+        return f"{column} = TRY_CAST(? AS BOOLEAN)"
+    if pa.types.is_floating(kind):
+        return f"{column} = TRY_CAST(? AS {'FLOAT' if kind.bit_width <= 32 else 'DOUBLE'})"
+    return f"{column} = TRY_CAST(? AS DECIMAL(38, 9))"  # exact for all 64-bit integers, and 3.5 equals none

@@ -449,6 +449,7 @@ class ImageIndex:
     @contextmanager
     def _drafting(self, **options: Any) -> Iterator[Draft]:
         with self.store.write() as writer:
+            self.refresh()  # another process may have written since we opened it
             yield Draft(writer, self.store.read_manifest(), **options)
         self.refresh()
 

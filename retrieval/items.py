@@ -200,16 +200,19 @@ def write_arrow(table: pa.Table, file: IO[bytes]) -> None:
         writer.write_table(table.combine_chunks())
 
 
-def read_arrow(path: Path) -> pa.Table:
+def read_arrow(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Map an Arrow IPC file.
 
     Raises:
-        IndexDamagedError: it is not one.
+        IndexDamagedError: it is not one, or not of that schema.
     """
     try:
         with pa.memory_map(os.fspath(path)) as source:
-            return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowException) as error:
+            table = pa.ipc.open_file(source).read_all()
+        if schema is not None and not table.schema.equals(schema):
+            raise pa.ArrowInvalid(f"columns {', '.join(table.column_names)}")
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise IndexDamagedError(f"{str(path)!r} cannot be read ({reason}); index the folder again") from None
 

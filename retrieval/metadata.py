@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from mmalign.errors import InputError
 
-__all__ = ["concat_metadata", "find_metadata", "join_metadata", "merge_metadata", "read_metadata", "read_table"]
+__all__ = ["concat_metadata", "find_metadata", "join_metadata", "merge_metadata", "number_rows", "read_metadata"]
 
 _FILE_COLUMNS = ("file_name", "file", "path", "filename", "image")
 _AUTOMATIC = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
@@ -68,8 +68,7 @@ def read_metadata(path: Path) -> pa.Table:
         )
     if len({name.lower() for name in names}) < len(names):
         raise InputError(f"{str(path)!r} has columns of the same name ({', '.join(names)}); rename them")
-    renamed = ["metadata_id" if name.lower() == "id" else name for name in names]
-    return table.rename_columns(renamed).add_column(0, _FILE, table.column(column))
+    return table.add_column(0, _FILE, table.column(column))
 
 
 # Not a name that a column of the user's could have.
@@ -100,7 +99,13 @@ def join_metadata(table: pa.Table, ids_of_path: Mapping[bytes, int]) -> tuple[pa
         else:
             row_of_id[found] = row
     kept = table.take(pa.array(list(row_of_id.values()), pa.int64())).drop_columns([_FILE])
-    return kept.append_column("id", pa.array(list(row_of_id), pa.int64())), unmatched
+    return number_rows(kept, list(row_of_id)), unmatched
+
+
+def number_rows(table: pa.Table, ids: Sequence[int]) -> pa.Table:
+    """With the ids of the items as column `id`; a column of the user's with that name becomes `metadata_id`."""
+    renamed = table.rename_columns(["metadata_id" if name.lower() == "id" else name for name in table.column_names])
+    return renamed.append_column("id", pa.array(ids, pa.int64()))
 
 
 def _as_path(value: Any) -> bytes:

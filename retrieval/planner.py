@@ -40,7 +40,7 @@ def search_rows(
         allowed: rows that may be returned.
         kept: how many these are, if known.
         about: the manifest's entry on the FAISS index; `None` scans everything.
-        index: gives the FAISS index, loaded when first needed.
+        index: gives the FAISS index, loaded when first needed, or `None` if it is no longer there.
     """
     total = len(vectors)
     kept = int(np.count_nonzero(allowed)) if kept is None else kept
@@ -53,7 +53,10 @@ def search_rows(
     depth = about["candidates"] * k
     if filtered:
         depth = int(1.5 * depth * total / kept)
-    _, found = faiss_index.search(index(), queries, min(about["rows"], max(depth, wanted)))
+    approximate = index()
+    if approximate is None:
+        return faiss_index.exact_search(vectors, queries, k, rows=np.flatnonzero(allowed) if filtered else None)
+    _, found = faiss_index.search(approximate, queries, min(about["rows"], max(depth, wanted)))
     if filtered:
         found = np.where((found >= 0) & allowed[found], found, -1)
     scores, rows = faiss_index.rerank(vectors, queries, found, k)

@@ -20,7 +20,7 @@ from .calibration import Calibration
 from .draft import resolve_roots
 from .filters import kept_ids
 from .hits import Hit
-from .items import Items, display_path, read_arrow
+from .items import SCHEMA, Items, display_path, read_arrow
 from .planner import search_rows
 from .storage import Manifest, Store
 from .vectors import Vectors
@@ -33,18 +33,28 @@ class Snapshot:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        manifest = store.read_manifest()
-        folder = store.folder
+        while True:
+            manifest = store.read_manifest()
+            try:
+                return self._open(manifest)
+            except IndexDamagedError:
+                # A writer may have moved on, and cleared files that we were about to open.
+                if not store.is_superseded(manifest):
+                    raise
+
+    def _open(self, manifest: Manifest) -> None:
+        folder = self.store.folder
         self.manifest: Manifest = manifest
         self.dim = int(manifest["encoder"]["dim"])
         self.roots = resolve_roots(manifest["roots"], folder)
         self.vectors = Vectors([folder / segment["file"] for segment in manifest["segments"]], self.dim)
-        table = read_arrow(folder / manifest["items"]) if manifest["items"] else None
+        table = read_arrow(folder / manifest["items"], SCHEMA) if manifest["items"] else None
         if table is None or len(self.vectors) != manifest["rows"] or table.num_rows != manifest["item_count"]:
             raise IndexDamagedError(
                 f"index {str(folder)!r}: vectors, items and manifest do not agree in number; index the folder again"
             )
         self.items = Items(table, self.roots)
+        self.metadata: pa.Table | None = read_arrow(folder / manifest["metadata"]) if manifest["metadata"] else None
         self.calibration = Calibration.from_dict(manifest["calibration"])
 
     @cached_property
@@ -54,9 +64,15 @@ class Snapshot:
 
     @cached_property
     def faiss(self) -> Any:
-        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none."""
+        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none.
+
+        Nor is there one if it was not opened before two newer generations were published: it is gone then, and the
+        vectors, which are held, must do.
+        """
         about = self.manifest["faiss"]
         if about is None:
+            return None
+        if not (self.store.folder / about["file"]).exists() and self.store.is_superseded(self.manifest):
             return None
         index = faiss_index.read(self.store.folder / about["file"], about["parameters"])
         if index.ntotal != about["rows"] or index.d != self.dim:
@@ -65,12 +81,6 @@ class Snapshot:
                 f"{self.dim}; `mmalign verify {self.store.folder} --repair` rebuilds it"
             )
         return index
-
-    @cached_property
-    def metadata(self) -> pa.Table | None:
-        """The user's columns with `id`."""
-        name = self.manifest["metadata"]
-        return read_arrow(self.store.folder / name) if name else None
 
     @cached_property
     def alive_count(self) -> int:

@@ -64,21 +64,27 @@ class Store:
             IndexDamagedError: a file is missing or has another size, or the format is newer.
         """
         while True:
-            name = self._current()
-            try:
-                manifest = self._parse(name)
-                problem = next(self._check_sizes(manifest), None)
-                if problem is None:
-                    return manifest
+            manifest = self.read_unchecked()
+            problem = next(self._check_sizes(manifest), None)
+            if problem is None:
+                return manifest
+            # A writer may have moved on and cleared old files between our two reads.
+            if not self.is_superseded(manifest):
                 raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_REPAIR}")
-            except IndexDamagedError:
-                # A writer may have moved on and cleared old files between our two reads.
-                if self._current() == name:
-                    raise
 
     def read_unchecked(self) -> Manifest:
         """The manifest in force, whatever became of its files; for finding out what is wrong."""
-        return self._parse(self._current())
+        while True:
+            name = self._current()
+            try:
+                return self._parse(name)
+            except IndexDamagedError:
+                if self._current() == name:
+                    raise
+
+    def is_superseded(self, manifest: Manifest) -> bool:
+        """Whether another generation is in force by now."""
+        return bool(self.read_unchecked()["generation"] != manifest["generation"])
 
     def check_contents(self, manifest: Manifest, names: Iterable[str] | None = None) -> Iterator[str]:
         """Yield a line for every file, or every named one, whose size or SHA-256 is not what the manifest says."""
@@ -125,8 +131,8 @@ class Store:
             ) from None
         if newer:
             raise IndexDamagedError(
-                f"index {str(self.folder)!r} has format {manifest['format']}, this mmalign reads up to {FORMAT_VERSION}; "
-                "upgrade with `pip install -U mmalign`"
+                f"index {str(self.folder)!r} has format {manifest['format']}, this mmalign reads up to "
+                f"{FORMAT_VERSION}; upgrade with `pip install -U mmalign`"
             )
         if altered:
             raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} was altered; {_OLDER}")

@@ -21,6 +21,7 @@ class Vectors:
     def __init__(self, paths: Sequence[Path], dim: int) -> None:
         self.dim = dim
         self.segments: list[np.ndarray] = []
+        self._places: list[tuple[Path, int]] = []
         for path in paths:
             try:
                 segment = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -33,6 +34,7 @@ class Vectors:
                 )
             # np.memmap pays for its bookkeeping on every slice; the plain view over the same pages does not.
             self.segments.append(segment.view(np.ndarray))
+            self._places.append((path, segment.offset))
         self.starts = np.cumsum([0, *(len(segment) for segment in self.segments)])
 
     def __len__(self) -> int:
@@ -60,13 +62,27 @@ class Vectors:
             for position in range(low, high, size):
                 yield position, segment[position - first : min(position + size, high) - first]
 
+    def stream(
+        self, start: int = 0, stop: int | None = None, size: int = 65_536
+    ) -> Iterator[tuple[int, Float[np.ndarray, "n dim"]]]:
+        """As `chunks`, but read instead of mapped: a pass over everything that keeps nothing in memory."""
+        stop = len(self) if stop is None else stop
+        for number, (path, offset) in enumerate(self._places):
+            first = int(self.starts[number])
+            low, high = max(start, first), min(stop, int(self.starts[number + 1]))
+            for position in range(low, high, size):
+                count = min(position + size, high) - position
+                begin = offset + (position - first) * self.dim * 4
+                yield position, np.fromfile(path, np.float32, count * self.dim, offset=begin).reshape(count, self.dim)
+
 
 def write_rows(file: IO[bytes], pieces: Iterable[np.ndarray], rows: int, dim: int) -> None:
     """Write float32 pieces as one `.npy` array without holding them together."""
     npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)})
     written = 0
     for piece in pieces:
-        file.write(np.ascontiguousarray(piece, dtype="<f4").data.cast("B"))
+        if len(piece):  # memoryviews of nothing cannot be cast
+            file.write(np.ascontiguousarray(piece, dtype="<f4").data.cast("B"))
         written += len(piece)
     if written != rows:
         raise ValueError(f"{written} rows written, {rows} announced")

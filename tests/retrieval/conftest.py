@@ -1,0 +1,48 @@
+"""The tiny encoder, and a folder of tiny images with its index."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from retrieval_helpers import draw
+from tiny_encoder import TinyEncoder
+
+from retrieval import ImageIndex
+
+
+@pytest.fixture
+def encoder() -> TinyEncoder:
+    return TinyEncoder()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images, `00.png` to `11.png` with seeds 0 to 11, the last four in `sub`."""
+    root = tmp_path / "photos"
+    for number in range(12):
+        draw(root / ("sub" if number >= 8 else ".") / f"{number:02}.png", number)
+    return root
+
+
+@pytest.fixture
+def index(folder: Path, encoder: TinyEncoder) -> ImageIndex:
+    """The index of `folder`; its encoder has been set back to zero."""
+    made, _ = ImageIndex.build(folder, encoder=encoder)
+    encoder.encoded = 0
+    return made
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A temporary folder that `ordinary_user` can reach and owns."""
+    path = Path(tempfile.mkdtemp(prefix="mmalign-", dir="/tmp"))
+    path.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    yield path
+    shutil.rmtree(path)
