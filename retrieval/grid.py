@@ -34,14 +34,14 @@ def draw_grid(
     if not results:
         raise InputError("there are no results to draw")
     columns = columns or max(1, min(8, max(len(hits) for _, hits in results)))
-    lines = [max(1, -(-len(hits) // columns)) for _, hits in results]
     step = _CELL + _CAPTION + _GAP
-    size = (columns * (_CELL + _GAP) + _GAP, sum(_CAPTION + count * step for count in lines) + _GAP)
+    heights = [-(-len(hits) // columns) * step if hits else _CAPTION for _, hits in results]
+    size = (columns * (_CELL + _GAP) + _GAP, sum(_CAPTION + height for height in heights) + _GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     heading, small = ImageFont.load_default(22), ImageFont.load_default(13)
     top = _GAP
-    for (query, hits), count in zip(results, lines, strict=True):
+    for (query, hits), height in zip(results, heights, strict=True):
         draw.text((_GAP, top + 4), _fit(draw, query, heading, size[0] - 2 * _GAP), fill="black", font=heading)
         top += _CAPTION
         if not hits:
@@ -54,7 +54,7 @@ def draw_grid(
             draw.text((left, upper + _CELL + 2), f"{hit.rank}  cosine {hit.score:.3f}{match}", fill="black", font=small)
             name = _fit(draw, hit.item.name, small, _CELL)
             draw.text((left, upper + _CELL + 19), name, fill="gray", font=small)
-        top += count * step
+        top += height
     target = Path(path)
     try:
         canvas.save(target)

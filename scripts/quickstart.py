@@ -9,7 +9,7 @@ from retrieval import ImageIndex, draw_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "tests" / "data" / "photos"
-SAMPLE_QUERIES = ["an elephant", "pizza", "a red bus", "a stop sign", "a kitchen with a stove", "a rhinoceros"]
+SAMPLE_QUERIES = ["an elephant", "pizza", "a bus", "a laptop on a desk", "a kitchen with a stove", "a rhinoceros"]
 QUERIES = ["a dog", "food on a plate", "a car on the street", "a building", "flowers", "the sea"]
 
 
@@ -23,8 +23,8 @@ def main() -> None:
     for entry in report.skipped[:5]:
         print(f"  skipped ({entry['reason']}): {entry['message']}")
     queries = SAMPLE_QUERIES if folder == SAMPLES else QUERIES
-    # Hits below a match of 0.8 hardly stand out from what chance reaches here: better to say that nothing matches.
-    results = [(query, index.search(query, 4, min_match=0.8)) for query in queries]
+    # Fewer and surer: what hardly stands out is left out, and a query without an answer says so.
+    results = [(query, index.search(query, 4, min_match=0.95)) for query in queries]
     for query, hits in results:
         print(f"\n{query}")
         if not hits:

@@ -51,9 +51,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def clustered(rows: int, dim: int, clusters: int = 200, noise: float = 0.7, seed: int = 0) -> np.ndarray:
-    """Unit rows around random centres; row i belongs to centre i % clusters."""
+    """Unit rows around centres that are the same for every seed; row i belongs to centre i % clusters."""
+    centres = unit(np.random.default_rng(99).standard_normal((clusters, dim)))
     random = np.random.default_rng(seed)
-    centres = unit(random.standard_normal((clusters, dim)))
     return unit(centres[np.arange(rows) % clusters] + noise * random.standard_normal((rows, dim)) / np.sqrt(dim))
 
 
