@@ -331,6 +331,8 @@ class ImageIndex:
             if isinstance(image, int):
                 raise InputError(f"the index has no item with id {image}; `search` results carry ids")
             return self.search(Term(Path(image), kind="image"), k, **options)
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least one result")
         row = self.items.value("row", position)
         vector = self.vectors.gather(np.array([row]))[0]
         hits = self.search(vector, k + 1, **options)

@@ -60,17 +60,20 @@ def parse_term(text: str, sign: float = 1.0) -> Term:
     """
     weight = sign
     match = _WEIGHT.match(text)
-    if match:
+    if match and not _is_file(text):
         weight, text = sign * float(match[1]), text[match.end() :]
     if text.startswith("text:"):
         return Term(text[5:], weight)
     if text.startswith("image:"):
         return Term(Path(text[6:]), weight, "image")
+    return Term(Path(text), weight, "image") if _is_file(text) else Term(text, weight)
+
+
+def _is_file(text: str) -> bool:
     try:
-        is_file = Path(text).is_file()
+        return Path(text).is_file()
     except (OSError, ValueError):  # too long, or with a NUL: words
-        is_file = False
-    return Term(Path(text), weight, "image") if is_file else Term(text, weight)
+        return False
 
 
 def as_terms(query: Query) -> list[Term]:

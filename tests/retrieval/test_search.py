@@ -46,17 +46,17 @@ def test_small_indexes_equal_brute_force(tmp_path: Path, rows: int, exact: bool)
 
 
 def test_the_choice_for_small_indexes_loses_nothing_to_half_precision(tmp_path: Path) -> None:
-    """Rows closer together than half precision can tell apart: re-ranking puts them in order."""
+    """Rows so close together that half precision confuses their order: re-ranking puts it right."""
     random = np.random.default_rng(0)
     centre = unit(random.standard_normal(DIM))
-    vectors = unit(centre + 2e-3 * random.standard_normal((500, DIM)))
+    vectors = unit(centre + 2e-2 * random.standard_normal((500, DIM)))
     index = ImageIndex.from_vectors(tmp_path / "idx", vectors)
     assert index.manifest["faiss"]["factory"] == "SQfp16"
-    order = np.argsort(-(vectors.astype(np.float64) @ centre))
-    found = index.search_vectors(centre[None], 1)[1][0]
-    assert found[0] in order[:3]
-    scores, _ = index.search_vectors(centre[None], 10)
-    np.testing.assert_allclose(scores[0, 0], (vectors @ centre).max(), atol=1e-6)
+    order = np.argsort(-(vectors @ centre))[:10]
+    assert (index.snapshot.faiss.search(centre[None], 10)[1][0] != order).any(), "else this tests nothing"
+    scores, found = index.search_vectors(centre[None], 10)
+    np.testing.assert_array_equal(found[0], order)
+    np.testing.assert_allclose(scores[0], (vectors @ centre)[order], atol=1e-7)
 
 
 @pytest.mark.parametrize("k", [0, -3])
@@ -128,12 +128,16 @@ def test_tuning_reaches_what_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("factory", "message"),
-    [("Nonsense", "does not understand"), ("IVF100000,Flat", "100000 lists for 300"), ("PQ7", "does not understand|cannot train"), ("PQ16", "cannot train|at least")],
-)  # fmt: skip
+    [
+        ("Nonsense", "does not understand"),
+        ("IVF100000,Flat", "100000 lists for 100"),
+        ("PQ7", "does not understand|cannot train"),
+        ("PQ16", "cannot train"),
+    ],
+)
 def test_factory_errors(tmp_path: Path, factory: str, message: str) -> None:
-    rows = 300 if factory != "PQ16" else 100
     with pytest.raises(InputError, match=message):
-        ImageIndex.from_vectors(tmp_path / "idx", clustered(rows, 32), factory=factory)
+        ImageIndex.from_vectors(tmp_path / "idx", clustered(100, 32), factory=factory)
     assert not (tmp_path / "idx").exists()
 
 
@@ -149,12 +153,12 @@ def test_duplicates(folder: Path, encoder: TinyEncoder) -> None:
     draw(folder / "copies" / "03 again.png", 3)
     draw(folder / "copies" / "03 too.png", 3)
     with Image.open(folder / "05.png") as image:
-        image.convert("RGB").resize((16, 16), Image.Resampling.NEAREST).save(folder / "larger.png")  # not the same file
+        image.save(folder / "05.bmp")  # the same picture, another file
     index, _ = ImageIndex.build(folder, encoder=encoder)
     same = [{item.name for item in group} for group in index.duplicates()]
     assert same == [{"03.png", "copies/03 again.png", "copies/03 too.png"}]
     near = [{item.name for item in group} for group in index.duplicates(0.999)]
-    assert near == [*same, {"05.png", "larger.png"}]
+    assert near == [*same, {"05.png", "05.bmp"}]
     assert len(index.duplicates(-1, neighbours=20)) == 1, "everything is like everything"
     for wrong in (1.5, -2, float("nan")):
         with pytest.raises(InputError, match="no cosine"):
@@ -227,7 +231,7 @@ def test_queries_that_cannot_be(index: ImageIndex, folder: Path) -> None:
     for weight in (0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="weight"):
             Term("red", weight)
-    with pytest.raises(InputError, match="neither|not text or image"):
+    with pytest.raises(InputError, match="not text or image"):
         Term("red", 1, "sound")
     with pytest.raises(InputError, match=r"shape \(2, 3\)"):
         index.search_vectors(np.ones((2, 3), np.float32))
@@ -237,7 +241,7 @@ def test_queries_that_cannot_be(index: ImageIndex, folder: Path) -> None:
 
 def test_parse_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("cat.jpg", "cat", "2:30 pm", "0.5:x.jpg"):
+    for name in ("cat.jpg", "cat", "2:30 pm"):
         Path(name).touch()
     Path("folder").mkdir()
 
@@ -248,6 +252,8 @@ def test_parse_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert term("red bicycle") == ("red bicycle", 1, "text")
     assert term("cat.jpg") == ("cat.jpg", 1, "image")
     assert term("cat") == ("cat", 1, "image"), "what names a file is an image"
+    assert term("2:30 pm") == ("2:30 pm", 1, "image"), "even if it looks like a weight"
+    assert term("2:31 pm") == ("31 pm", 2, "text")
     assert term("text:cat") == ("cat", 1, "text")
     assert term("image:cat") == ("cat", 1, "image")
     assert term("image:nowhere.jpg") == ("nowhere.jpg", 1, "image")
@@ -271,27 +277,27 @@ def test_parse_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             parse_term(wrong)
 
 
-def test_times_of_day_are_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("2:30 pm").touch()
-    assert parse_term("2:30 pm").kind == "image", "an existing file before a weight"
-
-
 # -- matches -----------------------------------------------------------------------------------------------------------
 
 
 def test_min_match_gives_nothing_for_nonsense(tmp_path: Path) -> None:
-    """A collection in one half of the space; queries there match, those elsewhere do not."""
     random = np.random.default_rng(0)
-    images = unit(random.standard_normal((3000, 64)) + 0.0)
+    cone = unit(random.standard_normal(64))
+    images = unit(2 * cone + random.standard_normal((3000, 64)) / 8)
     index = ImageIndex.from_vectors(tmp_path / "idx", images)
-    noise = unit(random.standard_normal((300, 64)))
-    close = unit(images[:300] + 0.4 * random.standard_normal((300, 64)) / 8)
-    empty = [not index.search(query, min_match=0.99) for query in noise]
-    assert np.mean(empty) > 0.93
-    assert all(index.search(query, min_match=0.99)[0].item.id == number for number, query in enumerate(close))
-    match = [index.search(query, k=1)[0].match for query in noise]
-    assert 0.3 < np.mean(match) < 0.7, "for chance hits, match is spread over [0, 1]"
+    elsewhere = unit(random.standard_normal((100, 64)))
+    assert all(index.search(query, min_match=0.5) == [] for query in elsewhere)
+    assert all(len(index.search(query)) == 10 for query in elsewhere)
+    close = unit(images[:100] + 0.1 * random.standard_normal((100, 64)) / 8)
+    assert all(index.search(query, min_match=0.95)[0].item.id == number for number, query in enumerate(close))
+
+
+def test_match_of_chance_hits_is_spread_evenly(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    index = ImageIndex.from_vectors(tmp_path / "idx", unit(random.standard_normal((3000, 64))))
+    match = np.array([index.search(query, k=1)[0].match for query in unit(random.standard_normal((300, 64)))])
+    assert 0.3 < match.mean() < 0.7
+    assert 0.25 < (match > 0.5).mean() < 0.75
 
 
 def test_min_score_and_min_match_cut_the_list(index: ImageIndex) -> None:
@@ -308,19 +314,20 @@ def test_few_images_have_no_match(tmp_path: Path) -> None:
         assert (index.search(np.ones(DIM))[0].match is not None) == has
 
 
-@pytest.mark.parametrize("n", [500, 20_000, 200_000])
-def test_best_by_chance_equals_simulation(n: int) -> None:
-    """Gaussian vectors: the median-and-quantile formula against the best of n that were really drawn."""
+@pytest.mark.parametrize(("n", "trials"), [(500, 200), (20_000, 60), (200_000, 6)])
+def test_best_by_chance_equals_simulation(n: int, trials: int) -> None:
+    """Random directions: the formula from median and quantile against the best of n that were really drawn."""
     random = np.random.default_rng(n)
     dim = 128
     queries = unit(random.standard_normal((50, dim)))
-    # Cosines of a fixed unit vector with Gaussian rows are sums of independent terms: simulate them directly.
-    background = unit(random.standard_normal((2048, dim)))
-    predicted = best_by_chance(queries, background, n)
-    drawn = [max(float((queries[0] @ unit(random.standard_normal((20_000, dim))).T).max()) for _ in range(max(1, n // 20_000)))
-             if n >= 20_000 else float((queries[0] @ unit(random.standard_normal((n, dim))).T).max()) for _ in range(40 if n < 100_000 else 6)]  # fmt: skip
+    predicted = best_by_chance(queries, unit(random.standard_normal((2048, dim))), n)
     assert (np.diff(predicted) >= 0).all()
-    assert predicted.mean() == pytest.approx(np.mean(drawn), rel=0.06)
+
+    def best() -> float:  # the cosine of a fixed with a random direction is g / sqrt(g^2 + chi2 with dim - 1)
+        normal, rest = random.standard_normal(n), random.chisquare(dim - 1, n)
+        return float((normal / np.sqrt(normal**2 + rest)).max())
+
+    assert predicted.mean() == pytest.approx(np.mean([best() for _ in range(trials)]), rel=0.05)
 
 
 def test_leave_one_out_is_not_moved_by_the_row_itself() -> None:
