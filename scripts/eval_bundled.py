@@ -16,13 +16,13 @@ from retrieval.evaluate import read_captions
 
 PHOTOS = Path(__file__).resolve().parent.parent / "tests" / "data" / "photos"
 ABSENT = [
-    "a rhinoceros", "a violin", "a submarine", "a volcano erupting", "an x-ray of a hand", "a penguin on ice", "a
-    spider web", "sheet music", "an octopus", "a snowplow", "a fossil", "a tank in battle", "a shark", "a peacock",
-    "a hot air balloon", "a lighthouse", "a castle", "a camel in the desert", "a microscope", "a sewing machine", "a
-    panda", "a kangaroo", "a telescope", "a nuclear power plant", "an astronaut on the moon", "a bar chart", "a
-    gorilla", "a crocodile", "a jellyfish", "a ballet dancer", "a scuba diver", "a harp", "a rifle", "a bee on a
-    flower", "a butterfly", "a mushroom", "strawberries", "a waterfall", "a snail", "ancient coins", "a windmill",
-    "a space shuttle", "a hamster", "a goldfish", "the Eiffel tower",
+    "a rhinoceros", "a violin", "a submarine", "a volcano erupting", "an x-ray of a hand", "a penguin on ice",
+    "a spider web", "sheet music", "an octopus", "a snowplow", "a fossil", "a tank in battle", "a shark", "a peacock",
+    "a hot air balloon", "a lighthouse", "a castle", "a camel in the desert", "a microscope", "a sewing machine",
+    "a panda", "a kangaroo", "a telescope", "a nuclear power plant", "an astronaut on the moon", "a bar chart",
+    "a gorilla", "a crocodile", "a jellyfish", "a ballet dancer", "a scuba diver", "a harp", "a rifle",
+    "a bee on a flower", "a butterfly", "a mushroom", "strawberries", "a waterfall", "a snail", "ancient coins",
+    "a windmill", "a space shuttle", "a hamster", "a goldfish", "the Eiffel tower",
 ]  # fmt: skip
 
 

@@ -327,7 +327,7 @@ def test_best_by_chance_equals_simulation(n: int, trials: int) -> None:
         normal, rest = random.standard_normal(n), random.chisquare(dim - 1, n)
         return float((normal / np.sqrt(normal**2 + rest)).max())
 
-    assert predicted.mean() == pytest.approx(np.mean([best() for _ in range(trials)]), rel=0.05)
+    assert predicted.mean() == pytest.approx(np.mean([best() for _ in range(trials)]), rel=0.07)
 
 
 def test_leave_one_out_is_not_moved_by_the_row_itself() -> None:

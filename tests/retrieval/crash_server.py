@@ -1,0 +1,71 @@
+"""Forks a child for each line of its input: `FOLDER<TAB>OUT<TAB>STEP`; the child indexes FOLDER into OUT.
+
+The child kills itself with SIGKILL before its STEP-th durable action (fsync, rename or removal of a file in OUT); with
+STEP -1 it goes on to the end. Answers are the process id, and when the child is dead its status and the number of
+actions it was seen to take. Nothing is run before the forks, so that no thread can be lost by them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb  # noqa: F401  (imported here for the children)
+from tiny_encoder import TinyEncoder
+
+from mmalign.imaging import read_image  # noqa: F401
+from retrieval import ImageIndex
+from retrieval.draft import Draft
+from retrieval.faiss_index import import_faiss
+
+
+def work(folder: Path, out: Path, step: int, log: int) -> None:
+    def counted(real: Any) -> Any:
+        def action(*arguments: Any, **named: Any) -> Any:
+            nonlocal step
+            if step == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step -= 1
+            os.write(log, b".")
+            return real(*arguments, **named)
+
+        return action
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    Draft.checkpoint_if_due = Draft.checkpoint  # type: ignore[method-assign]
+    encoder = TinyEncoder()
+    encoder.before_batch = lambda: time.sleep(0.002)
+    ImageIndex.build(folder, out, encoder=encoder, batch_size=4, workers=2)
+
+
+def main() -> None:
+    import_faiss()
+    for line in sys.stdin:
+        folder, out, step = line.rstrip("\n").split("\t")
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            code = 1
+            try:
+                work(Path(folder), Path(out), int(step), writing)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(writing)
+        print(child, flush=True)
+        with os.fdopen(reading, "rb") as log:
+            actions = len(log.read())
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), actions, flush=True)
+
+
+main()
