@@ -7,17 +7,17 @@ actions it was seen to take. Nothing is run before the forks, so that no thread 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import duckdb  # noqa: F401  (imported here for the children)
 from tiny_encoder import TinyEncoder
 
-from mmalign.imaging import read_image  # noqa: F401
 from retrieval import ImageIndex
 from retrieval.draft import Draft
 from retrieval.faiss_index import import_faiss
@@ -44,7 +44,12 @@ def work(folder: Path, out: Path, step: int, log: int) -> None:
 
 
 def main() -> None:
+    # What the children would otherwise import one after the other, for seconds each.
     import_faiss()
+    for name in ("pyarrow.csv", "torch._dynamo", "torchvision.transforms.v2.functional", "PIL.Image", "pillow_heif"):
+        with contextlib.suppress(ImportError):
+            import_module(name)
+    sys.modules["PIL.Image"].init()
     for line in sys.stdin:
         folder, out, step = line.rstrip("\n").split("\t")
         reading, writing = os.pipe()

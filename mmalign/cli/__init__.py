@@ -1,0 +1,76 @@
+"""The `mmalign` command; what is heavy is imported by the command that needs it.
+
+The only part of `mmalign` that may import `retrieval` and `generation`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mmalign.errors import MMAlignError
+
+from .indexing import index_app
+from .inspecting import encoders, eval_app, info, verify
+from .options import INTERRUPTED, NO_RESULT, PARTIAL, say
+from .searching import duplicates, search, similar
+
+__all__ = ["INTERRUPTED", "NO_RESULT", "PARTIAL", "main"]
+
+app = typer.Typer(
+    name="mmalign",
+    help="Search folders of images in any words, keep them searchable as models change.",
+    epilog=(
+        "Start with:  mmalign index photos/   then   mmalign search photos/ 'red bicycle in snow'.  "
+        "Exit codes: 0 done, 1 error, 2 wrong usage, 3 nothing found, 4 done but some files were skipped."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+app.add_typer(
+    index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
+)
+for _command in (search, similar, duplicates, info, verify, encoders):
+    app.command()(_command)
+app.add_typer(eval_app, name="eval", help="Measure an index on your own captions.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from mmalign import __version__
+
+        print(f"mmalign {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line and exit code 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        app()
+    except MMAlignError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("stopped; what was done is kept, run the same command again to go on")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,5 @@
+"""`python -m mmalign.cli`."""
+
+from . import main
+
+main()

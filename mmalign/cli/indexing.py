@@ -1,0 +1,197 @@
+"""`mmalign index`: build and update, merge, import, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .options import (
+    PARTIAL,
+    Device,
+    IndexArgument,
+    say,
+)
+
+if TYPE_CHECKING:
+    from retrieval import ImageIndex, UpdateReport
+
+__all__ = ["index_app"]
+
+
+class _DefaultToBuild(TyperGroup):
+    """`mmalign index photos/` means `mmalign index build photos/`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+index_app = typer.Typer(cls=_DefaultToBuild, no_args_is_help=True)
+
+
+@index_app.command("build", epilog="Also: mmalign index merge | import | export, each with --help.")
+def index_build(
+    folder: Annotated[Path, typer.Argument(help="Images, at any depth.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Where the index goes. (default: FOLDER/.mmalign)")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder",
+            "-e",
+            help="open_clip:MODEL/TAG, transformers:ORG/REPO, timm:MODEL, a saved folder, or bundled (small, works "
+            "offline). (default: open_clip:ViT-B-32-256/datacomp_s34b_b86k, or that of the index)",
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (measures whether bfloat16 is faster here), float32, bfloat16, float16.")
+    ] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a forward pass. (default: 32)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. (default: one a core)")] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV, JSONL or Parquet with a column file_name and any others, for --where. "
+            "(default: metadata.csv/.jsonl/.parquet in FOLDER)"
+        ),
+    ] = None,
+    factory: Annotated[
+        str | None, typer.Option(help="FAISS factory string, e.g. HNSW32,SQfp16. (default: chosen by size)")
+    ] = None,
+    recall: Annotated[float, typer.Option(min=0.1, max=1, help="recall@10 to tune an approximate index for.")] = 0.95,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N indexes the I-th of N parts, for N machines; join with `index merge`.")
+    ] = None,
+    fast_decode: Annotated[
+        bool | None,
+        typer.Option("--fast-decode/--exact-decode", help="Decode large JPEGs at reduced size: faster, nearly equal."),
+    ] = None,
+    tolerate_truncation: Annotated[
+        bool | None, typer.Option("--tolerate-truncation/--no-truncated", help="Keep images whose end is missing.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger images. (default: 178,956,970)")] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Enter linked folders too.")] = False,
+    all_files: Annotated[bool, typer.Option("--all-files", help="Look into files without an image suffix.")] = False,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Also names that start with a dot.")] = False,
+    allow_removals: Annotated[
+        bool, typer.Option("--allow-removals", help="Drop vanished images even if they are more than a half.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Index a folder of images. Run it again to bring the index up to date: only what changed is read.
+
+    It can be stopped at any time (Ctrl-C, kill, power): the next run goes on from the last checkpoint.
+    """
+    from retrieval import ImageIndex
+    from retrieval.scan import parse_shard
+
+    options: dict[str, Any] = {
+        "fast_decode": fast_decode,
+        "tolerate_truncation": tolerate_truncation,
+        "max_pixels": max_pixels,
+        "factory": factory,
+    }
+    index, report = ImageIndex.build(
+        folder,
+        out,
+        encoder=encoder,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        metadata=metadata,
+        wanted_recall=recall,
+        shard=parse_shard(shard) if shard else None,
+        follow_links=follow_links,
+        all_files=all_files,
+        hidden=hidden,
+        allow_removals=allow_removals,
+        progress=not quiet,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    _print_report(index, report)
+    if report.skipped or report.withheld_removals:
+        raise typer.Exit(PARTIAL)
+
+
+def _print_report(index: ImageIndex, report: UpdateReport) -> None:
+    counts = {
+        "new": report.added, "changed": report.changed, "moved": report.moved, "copies": report.aliases,
+        "removed": report.removed, "unchanged": report.unchanged,
+    }  # fmt: skip
+    said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing to do"
+    speed = f" ({report.encoded_per_second:,.1f} images/s)" if report.encoded_per_second else ""
+    say(f"{len(index):,} images in {index.store.folder}: {said}; {report.seconds:,.1f} s{speed}")
+    for entry in report.skipped[:10]:
+        say(f"  skipped ({entry['reason']}): {entry['message']}")
+    if len(report.skipped) > 10:
+        say(
+            f"  ... and {len(report.skipped) - 10:,} more skipped; "
+            f"`mmalign info {index.store.folder} --skipped` lists them"
+        )
+    if report.metadata_unmatched:
+        say(f"  {report.metadata_unmatched:,} metadata rows name no indexed file")
+    if report.withheld_removals:
+        say(
+            f"  {report.withheld_removals:,} images are gone from the folder but were kept: more than a half vanished "
+            "at once, so a disk may be missing. If they are gone for good, run again with --allow-removals"
+        )
+    faiss, measured = index.manifest["faiss"], index.manifest["measured"]
+    if faiss is not None and faiss["factory"] != "SQfp16":
+        say(
+            f"  FAISS {faiss['factory']}: recall@10 {measured['recall@10']:.3f}, "
+            f"measured with {measured['kind']} queries"
+        )
+    if index.manifest["encoder"]["spec"] == "bundled":
+        from mmalign.encoders.bundled import LIMITS
+
+        say(f"  note: {LIMITS}")
+
+
+@index_app.command("merge")
+def index_merge(
+    out: Annotated[Path, typer.Argument(help="The new index.", show_default=False)],
+    parts: Annotated[list[Path], typer.Argument(help="Indexes made with the same encoder.", show_default=False)],
+    factory: Annotated[str | None, typer.Option(help="FAISS factory string. (default: chosen by size)")] = None,
+) -> None:
+    """Join indexes made with --shard, or any made with the same encoder, into a new one."""
+    from retrieval import merge_indexes
+
+    index = merge_indexes(out, parts, factory=factory, progress=True)
+    say(f"{len(index):,} images in {index.store.folder}")
+
+
+@index_app.command("import")
+def index_import(
+    folder: Annotated[Path, typer.Argument(help="Output of clip-retrieval inference.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The new index.", show_default=False)],
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder", "-e", help="The model it was made with; without it only vectors can be searched for."
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Take over a clip-retrieval collection (npy shards and Parquet) without embedding it again."""
+    from mmalign.encoders import load_encoder
+    from retrieval import import_clip_retrieval
+
+    loaded = load_encoder(encoder, device=device) if encoder else None
+    index = import_clip_retrieval(folder, out, encoder=loaded, progress=True)
+    say(f"{len(index):,} images in {index.store.folder}")
+
+
+@index_app.command("export")
+def index_export(
+    index: IndexArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
+) -> None:
+    """Write vectors and metadata in clip-retrieval's layout (npy shards and Parquet)."""
+    from retrieval import ImageIndex, export_clip_retrieval
+
+    say(f"written to {export_clip_retrieval(ImageIndex.open(index), folder, progress=True)}")

@@ -1,0 +1,129 @@
+"""`mmalign info`, `verify`, `encoders` and `eval`: what there is and how good it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    AsJson,
+    Device,
+    IndexArgument,
+    say,
+)
+
+__all__ = ["encoders", "eval_app", "info", "verify"]
+
+
+def info(
+    index: IndexArgument,
+    skipped: Annotated[bool, typer.Option("--skipped", help="List the files that could not be read.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what an index holds and how it was made."""
+    from retrieval import ImageIndex
+
+    opened = ImageIndex.open(index)
+    if skipped:
+        for entry in opened.skipped():
+            print(json.dumps(entry) if as_json else f"{entry['reason']}: {entry['message']}")
+        return
+    about = opened.info()
+    if as_json:
+        print(json.dumps(about))
+        return
+    encoder, faiss, measured = about["encoder"], about["faiss"], about["measured"]
+    lines = {
+        "index": about["folder"],
+        "folders": ", ".join(about["roots"]) or "-",
+        "images": f"{about['images']:,} ({about['distinct']:,} distinct, {about['skipped']:,} skipped)",
+        "encoder": f"{encoder['spec']}  {encoder['dim']} dimensions, {encoder.get('dtype', '-')}, "
+        f"fingerprint {str(encoder.get('fingerprint'))[:12]}",
+        "faiss": f"{faiss['factory']} over {faiss['rows']:,} vectors, {faiss['parameters'] or 'no parameters'}, "
+        f"{faiss['candidates']} candidates a result"
+        if faiss
+        else "-",
+        "recall@10": f"{measured['recall@10']} {measured['interval95']} on {measured['queries']} "
+        f"{measured['kind']} queries"
+        if measured
+        else "-",
+        "metadata": ", ".join(about["metadata_columns"]) or "-",
+        "size": f"{about['bytes'] / 1e6:,.1f} MB",
+        "written": f"{about['written']}, generation {about['generation']}, format {about['format']}",
+    }
+    for name, text in lines.items():
+        print(f"{name:<10} {text}")
+
+
+def verify(
+    index: IndexArgument,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild what can be derived from the stored vectors.")
+    ] = False,
+) -> None:
+    """Check every file of an index against its checksum; name what is damaged and the remedy."""
+    from retrieval.repair import diagnose
+    from retrieval.repair import repair as repair_index
+
+    if repair:
+        for line in repair_index(index):
+            say(line)
+    problems = diagnose(index)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    say("all files are as they were written")
+
+
+def encoders(
+    source: Annotated[str | None, typer.Argument(help="open_clip, timm or transformers: list its models.")] = None,
+    only_cached: Annotated[bool, typer.Option("--cached", help="Only what can be loaded without a network.")] = False,
+) -> None:
+    """List what can be loaded, and what of it is on this machine."""
+    from mmalign.encoders.catalogue import entries, overview
+
+    for line in overview() if source is None else entries(source, only_cached=only_cached):
+        print(line)
+
+
+eval_app = typer.Typer(no_args_is_help=True)
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    index: IndexArgument,
+    captions: Annotated[
+        Path, typer.Option(help="JSON lines with `file` and `captions` (or `caption`).", show_default=False)
+    ],
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Measure text-to-image and image-to-text retrieval on your own captions."""
+    from retrieval import ImageIndex
+    from retrieval.evaluate import evaluate_captions, read_captions
+
+    pairs = read_captions(captions)
+    result = evaluate_captions(ImageIndex.open(index, device=device), pairs, progress=not as_json)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['captions']:,} captions of {result['images']:,} images, chance "
+        + ", ".join(f"{name} {value:.3f}" for name, value in result["chance"].items())
+    )
+    for direction in ("text_to_image", "image_to_text"):
+        figures = result[direction]
+        hits = "  ".join(
+            f"{name} {figures[name]:.3f} [{figures[name + '_low']:.3f}, {figures[name + '_high']:.3f}]"
+            for name in result["chance"]
+        )
+        print(f"{direction:<14} {hits}  median rank {figures['medr']:g}")
+    print(
+        f"{'through index':<14} " + "  ".join(f"{name} {value:.3f}" for name, value in result["through_index"].items())
+    )
+    if result["unmatched"]:
+        say(f"{len(result['unmatched'])} captioned files are not in the index (first: {result['unmatched'][0]!r})")
