@@ -5,8 +5,9 @@ Names below are imported when first used, so that `import retrieval` costs nothi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from .build import UpdateReport
@@ -18,36 +19,16 @@ if TYPE_CHECKING:
     from .merge import merge_indexes
     from .query import Term
 
-__all__ = [
-    "Hit",
-    "ImageIndex",
-    "Item",
-    "Term",
-    "UpdateReport",
-    "draw_grid",
-    "export_clip_retrieval",
-    "import_clip_retrieval",
-    "merge_indexes",
-]
-
-_HOME = {
-    "Hit": "hits",
-    "ImageIndex": "index",
-    "Item": "items",
-    "Term": "query",
-    "UpdateReport": "build",
-    "draw_grid": "grid",
-    "export_clip_retrieval": "interop",
-    "import_clip_retrieval": "interop",
-    "merge_indexes": "merge",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "build": ["UpdateReport"],
+        "grid": ["draw_grid"],
+        "hits": ["Hit"],
+        "index": ["ImageIndex"],
+        "interop": ["export_clip_retrieval", "import_clip_retrieval"],
+        "items": ["Item"],
+        "merge": ["merge_indexes"],
+        "query": ["Term"],
+    },
+)

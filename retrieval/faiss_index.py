@@ -287,11 +287,7 @@ def exact_search(
         else:
             numbers = np.broadcast_to(numbers, scores.shape)
         best_scores, best_rows = merge_top(best_scores, best_rows, scores, numbers, k)
-    short = k - best_scores.shape[1]
-    if short > 0:
-        best_scores = np.pad(best_scores, ((0, 0), (0, short)), constant_values=-np.inf)
-        best_rows = np.pad(best_rows, ((0, 0), (0, short)), constant_values=-1)
-    return best_scores, best_rows
+    return _padded(best_scores, best_rows, k)
 
 
 def merge_top(
@@ -323,11 +319,16 @@ def rerank(
             scores[number, valid] = vectors.gather(rows[number, valid]) @ query
         order = np.lexsort((rows, -scores), axis=1)[:, :k]
         scores, kept = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    return _padded(scores, kept, k)
+
+
+def _padded(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """k columns: -inf and row -1 where there are fewer results."""
     short = k - scores.shape[1]
-    if short > 0:
-        scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
-        kept = np.pad(kept, ((0, 0), (0, short)), constant_values=-1)
-    return scores, kept
+    if short <= 0:
+        return scores, rows
+    widths = ((0, 0), (0, short))
+    return np.pad(scores, widths, constant_values=-np.inf), np.pad(rows, widths, constant_values=-1)
 
 
 def tune(

@@ -255,8 +255,7 @@ class Writer:
         name = f"manifest-{self.generation:06d}.json"
         sealed = json.dumps({"sha256": _seal(manifest), "manifest": manifest}, indent=1).encode()
         with full_disk_is_explained(self.folder):
-            self._sync_folder()
-            self._replace(name, sealed)
+            self._replace(name, sealed)  # and with it, in the folder, the names of all files written before
             self._replace("CURRENT", f"{name}\n".encode())
         self.generation += 1
         self._count = 0

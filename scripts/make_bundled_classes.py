@@ -5,7 +5,7 @@ Run again only if the texts or the text encoder change; takes about 20 s on two 
 
 from safetensors.torch import save_file
 
-from mmalign.class_bridge import class_bridge
+from mmalign.conse import class_bridge
 from mmalign.encoders.bundled import _VECTORS, imagenet_class_texts, load_classifier, load_text_encoder
 
 

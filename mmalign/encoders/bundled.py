@@ -46,7 +46,7 @@ def load_bundled() -> Encoder:
         )
     from safetensors.torch import load_file
 
-    from ..class_bridge import ClassBridgeEncoder
+    from ..conse import ClassBridgeEncoder
 
     vectors = load_file(_VECTORS)
     return ClassBridgeEncoder(

@@ -29,7 +29,7 @@ _CLASSES: dict[str, str | type[Encoder]] = {
     "timm": "mmalign.encoders.timm:TimmEncoder",
     "transformers": "mmalign.encoders.transformers:TransformersEncoder",
     "sentence": "mmalign.encoders.transformers:SentenceEncoder",
-    "class_bridge": "mmalign.class_bridge:ClassBridgeEncoder",
+    "class_bridge": "mmalign.conse:ClassBridgeEncoder",
 }
 
 

@@ -88,10 +88,10 @@ def test_scores_are_cosines(index: ImageIndex, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "factory", ["IVF128,SQ8", "HNSW16", "PQ16x4fs", "RaBitQfs", "IVF64,RaBitQfs", "IVF64,PQ16x4fs,RFlat"]
+    "factory", ["IVF128,SQ8", "HNSW16", "PQ16x4fs", "RaBitQfs", "IVF64,RaBitQfs", "PQ16x4fs,RFlat"]
 )
 def test_approximate_types_keep_the_recall_they_promise(tmp_path: Path, factory: str) -> None:
-    dim, rows = 32, 8000
+    dim, rows = 32, 6000
     vectors = clustered(rows, dim)
     index = ImageIndex.from_vectors(tmp_path / "idx", vectors, factory=factory)
     assert index.manifest["faiss"]["factory"] == factory
@@ -113,7 +113,7 @@ def test_approximate_types_keep_the_recall_they_promise(tmp_path: Path, factory:
     one_by_one = np.concatenate([reopened.search_vectors(query[None], 10)[1] for query in queries[:40]])
     assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(truth, one_by_one, strict=False)]) > 0.9
     assert len(reopened.search_vectors(queries[:2], 3000)[1][0]) == 3000
-    assert (reopened.search_vectors(queries[:2], 9000)[1] >= 0).sum() == 2 * rows, "more than FAISS reaches are scanned"
+    assert (reopened.search_vectors(queries[:2], 7000)[1] >= 0).sum() == 2 * rows, "more than FAISS reaches are scanned"
 
 
 def test_tuning_reaches_what_is_asked_for(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_background_is_spread_over_the_living() -> None:
 def test_eight_threads_find_what_one_finds(tmp_path: Path) -> None:
     vectors = clustered(5000, 32)
     ImageIndex.from_vectors(tmp_path / "idx", vectors, factory="IVF32,SQ8")
-    queries = clustered(160, 32, seed=3)
+    queries = clustered(48, 32, seed=3)
     serial = ImageIndex.open(tmp_path / "idx")
     expected = [[(hit.item.id, hit.score) for hit in serial.search(query, where="id % 2 = 0")] for query in queries]
     fresh = ImageIndex.open(tmp_path / "idx")

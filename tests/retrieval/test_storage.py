@@ -195,7 +195,7 @@ random.seed(0)
 bad = 0
 for path in sorted(folder.glob("*.arrow")) + sorted(folder.glob("vectors*")) + sorted(folder.glob("skipped*")):
     good = path.read_bytes()
-    for trial in range(60):
+    for trial in range(30):
         data = bytearray(good)
         position = random.randrange(len(data)) if trial % 2 else len(data) - 1 - random.randrange(min(600, len(data)))
         data[position] ^= 1 << random.randrange(8)
@@ -511,7 +511,7 @@ class Disk:
 
         def opened(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
             if mode == "wb" and path.parent == folder:
-                return io.BufferedWriter(Raw(path, "wb"), 512)
+                return io.BufferedWriter(Raw(path, "wb"), 4096)
             return real_open(path, mode, *rest, **named)
 
         def fsync(descriptor: int) -> None:

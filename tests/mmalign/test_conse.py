@@ -10,7 +10,7 @@ import timm
 import torch
 
 from mmalign import Encoder, load_encoder
-from mmalign.class_bridge import bridge_images, centred_class_vectors, class_bridge
+from mmalign.conse import bridge_images, centred_class_vectors, class_bridge
 from mmalign.encoders.timm import TimmEncoder
 from mmalign.errors import InputError
 from mmalign.imaging import ImagePreprocessing

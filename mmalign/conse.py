@@ -36,7 +36,7 @@ def class_bridge(
     """Join a classifier and a text encoder through the names of the classes: text search without captions.
 
     Best where the classes are those people search for; what no class names (for ImageNet: people, actions, relations)
-    is found badly. With pairs at hand, `mmalign.align` does better.
+    is found badly.
 
     Args:
         classifier: an encoder whose `image_features` are logits, e.g. `TimmEncoder.from_spec(name, classifier=True)`.
