@@ -124,7 +124,7 @@ def update_folder(
     found = scan(root, **vars(scanning))
     state = _State(draft, root_number, found, report)
     if not found.files:
-        _refuse_empty(root, state.known, scanning)
+        _refuse_empty(root, state.known, scanning, allow_removals)
     columns = _read_metadata(draft, root, root_number, metadata, report)
     todo = state.triage(asdict(decode))
     load = _loader(encoder, os.fsencode(root), state, decode)
@@ -199,13 +199,13 @@ def add_images(
     return ids
 
 
-def _refuse_empty(root: Path, known: dict[bytes, int], scanning: ScanSettings) -> None:
-    if known:
+def _refuse_empty(root: Path, known: dict[bytes, int], scanning: ScanSettings, allow_removals: bool) -> None:
+    if known and not allow_removals:
         raise InputError(
             f"{str(root)!r} holds no image any more, the index has {len(known)} from there; is its disk mounted? "
-            "Nothing was removed. If they are gone for good, delete the index folder"
+            "Nothing was removed. If they are gone for good, use --allow-removals (allow_removals=True)"
         )
-    if scanning.shard is None:
+    if not known and scanning.shard is None:
         raise InputError(
             f"{str(root)!r} holds no file with an image suffix; give a folder of images, or --all-files to look at "
             "every file's content"

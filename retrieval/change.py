@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -50,16 +50,29 @@ def apply_update(draft: Draft, encoder: Encoder, root: Path, number: int, option
     """Bring a draft in line with one folder, then finish it. `options` as for `ImageIndex.update`."""
     options = dict(options)
     finishing = {name: options.pop(name) for name in _FINISH_OPTIONS if name in options}
-    scanning = ScanSettings(**{name: options.pop(name) for name in vars(ScanSettings()) if name in options})
-    stored = draft.manifest["settings"].get("decode", {})
-    decode = DecodeSettings(**{**stored, **{n: options.pop(n) for n in vars(DecodeSettings()) if n in options}})
-    draft.manifest["settings"]["decode"] = asdict(decode)
+    settings = draft.manifest["settings"]
+    scans = settings.setdefault("scan", {})
+    scanning = _remembered(ScanSettings, scans.get(str(number), {}), options)
+    scans[str(number)] = asdict(scanning)
+    decode = _remembered(DecodeSettings, settings.get("decode", {}), options)
+    settings["decode"] = asdict(decode)
     if finishing.get("factory") is not None:
         choose_plan(sys.maxsize, draft.dim, factory=finishing["factory"])  # a typing error costs no hours of encoding
     report = update_folder(draft, encoder, root, number, decode=decode, scanning=scanning, **options)
     draft.checkpoint()
     draft.finish(encoder, progress=bool(options.get("progress")), **finishing)
     return report
+
+
+Settings = TypeVar("Settings", ScanSettings, DecodeSettings)
+
+
+def _remembered(kind: type[Settings], stored: dict[str, Any], options: dict[str, Any]) -> Settings:
+    """Settings as stored, but for those given now, which are taken out of `options`."""
+    given = {entry.name: options.pop(entry.name) for entry in fields(kind) if entry.name in options}
+    # JSON has no tuples.
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in {**stored, **given}.items()}
+    return kind(**values)
 
 
 def append_vectors(

@@ -158,7 +158,7 @@ class Draft:
         encoder: Encoder | None,
         *,
         factory: str | None = None,
-        wanted_recall: float = 0.95,
+        wanted_recall: float | None = None,
         text_queries: np.ndarray | None = None,
         memory_bytes: int | None = None,
         force: bool = False,
@@ -166,25 +166,30 @@ class Draft:
     ) -> None:
         """Drop dead rows, join segments, bring FAISS and calibration up to date, publish.
 
+        What is given of `factory`, `wanted_recall`, `text_queries` and `memory_bytes` holds from now on.
+
         Args:
             encoder: embeds the reference queries the first time; `None` where there is none.
-            factory: a FAISS factory string to use from now on, instead of the choice by size.
-            wanted_recall: recall@10 to tune for.
+            factory: a FAISS factory string, instead of the choice by size.
+            wanted_recall: recall@10 to tune for; 0.95 unless ever given.
             text_queries: the user's own unit rows to tune with, instead of the built-in phrases.
             memory_bytes: what the FAISS index may take.
             force: rebuild FAISS even if nothing asks for it.
             progress: show a bar.
         """
         settings = self.manifest["settings"]
-        settings.update({"factory": factory} if factory is not None else {})
+        given = {"factory": factory, "wanted_recall": wanted_recall, "memory_bytes": memory_bytes}
+        changed = {name: value for name, value in given.items() if value is not None and settings.get(name) != value}
+        settings.update(changed)
+        force = force or text_queries is not None or "wanted_recall" in changed
         self._compact()
         vectors = self.vectors()
-        if len(vectors) and self._faiss_is_stale(memory_bytes, force):
+        if len(vectors) and self._faiss_is_stale(force):
             if text_queries is not None:
                 self.write_queries(checked_rows(text_queries, self.dim))
             elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
                 self.write_queries(encoder.encode_texts(query_bank(self.rows)))
-            self._build_faiss(vectors, wanted_recall, memory_bytes, force, progress)
+            self._build_faiss(vectors, force, progress)
             alive = np.zeros(len(vectors), bool)
             alive[self.items.row] = True
             calibration = Calibration.measure(vectors, alive, self._queries())
@@ -193,17 +198,18 @@ class Draft:
             self.manifest["faiss"] = self.manifest["calibration"] = None
         self.checkpoint()
 
-    def _faiss_is_stale(self, memory_bytes: int | None, force: bool) -> bool:
+    def _faiss_is_stale(self, force: bool) -> bool:
         current = self.manifest["faiss"]
         if force or current is None:
             self._changed = True
             return True
-        plan = self._plan(memory_bytes)
+        plan = self._plan()
         grown = self.rows - current["rows"] > MERGE_SHARE * self.rows
         return grown or not self._same_type(plan)
 
-    def _plan(self, memory_bytes: int | None) -> faiss_index.Plan:
-        factory = self.manifest["settings"].get("factory")
+    def _plan(self) -> faiss_index.Plan:
+        settings = self.manifest["settings"]
+        factory, memory_bytes = settings.get("factory"), settings.get("memory_bytes")
         with self._old_factory_forgiven():
             return faiss_index.choose_plan(self.rows, self.dim, factory=factory, memory_bytes=memory_bytes)
         return faiss_index.choose_plan(self.rows, self.dim, memory_bytes=memory_bytes)
@@ -221,11 +227,10 @@ class Draft:
             return bool(plan.factory == current["factory"])
         return bool(plan.factory.split(",")[-1] == current["factory"].split(",")[-1])
 
-    def _build_faiss(
-        self, vectors: Vectors, wanted: float, memory_bytes: int | None, force: bool, progress: bool
-    ) -> None:
+    def _build_faiss(self, vectors: Vectors, force: bool, progress: bool) -> None:
         rows = len(vectors)
-        plan = self._plan(memory_bytes)
+        plan = self._plan()
+        settings = self.manifest["settings"]
         current = self.manifest["faiss"]
         trained_on = rows
         if current and not force and self._same_type(plan) and rows <= 2 * current["trained_on"]:
@@ -238,13 +243,15 @@ class Draft:
             with self._old_factory_forgiven():
                 index = faiss_index.build(vectors, rows, plan, progress=progress)
             if index is None:
-                plan = faiss_index.choose_plan(rows, self.dim, memory_bytes=memory_bytes)
+                plan = faiss_index.choose_plan(rows, self.dim, memory_bytes=settings.get("memory_bytes"))
                 index = faiss_index.build(vectors, rows, plan, progress=progress)
         queries = self._queries()
         kind = "text" if queries is not None else "image"
         if queries is None:
             queries = noisy_rows(vectors)
-        tuning = faiss_index.tune(index, vectors, rows, queries, plan, kind=kind, wanted=wanted)
+        tuning = faiss_index.tune(
+            index, vectors, rows, queries, plan, kind=kind, wanted=settings.get("wanted_recall", 0.95)
+        )
         self.manifest["faiss"] = {
             "file": self.writer.add("faiss", ".index", lambda file: faiss_index.write(index, file)),
             "factory": plan.factory,

@@ -122,6 +122,7 @@ class ImageIndex:
             encoder = load_encoder(encoder or DEFAULT_SPEC, device=device, dtype=dtype)
         encoder.require("image")
         with store.write() as writer:
+            _refuse_existing(store)
             try:
                 draft = Draft.start(store, writer, describe_encoder(encoder), [root], **draft_options(options))
                 report = apply_update(draft, encoder, root, 0, options)
@@ -141,7 +142,7 @@ class ImageIndex:
         root: str | os.PathLike[str] | None = None,
         metadata: pa.Table | None = None,
         factory: str | None = None,
-        wanted_recall: float = 0.95,
+        wanted_recall: float | None = None,
         text_queries: np.ndarray | None = None,
         memory_bytes: int | None = None,
         progress: bool = False,
@@ -156,7 +157,7 @@ class ImageIndex:
             root: folder of the files.
             metadata: further columns, n rows.
             factory: FAISS factory string instead of the choice by size.
-            wanted_recall: recall@10 to tune for.
+            wanted_recall: recall@10 to tune for; 0.95 by default.
             text_queries: unit rows to tune with.
             memory_bytes: what the FAISS index may take.
             progress: show a bar.
@@ -165,10 +166,10 @@ class ImageIndex:
             InputError: rows that are zero or not finite (named), wrong shapes, or `out` holds an index.
         """
         store = Store(Path(out))
-        if store.exists():
-            raise InputError(f"{str(out)!r} holds an index already; choose another folder or `add_vectors` to it")
+        _refuse_existing(store)
         about = describe_encoder(encoder) if encoder is not None else {"spec": None, "dim": int(vectors.shape[-1])}
         with store.write() as writer:
+            _refuse_existing(store)
             try:
                 draft = Draft.start(store, writer, about, [Path(root)] if root is not None else [])
                 append_vectors(draft, vectors, paths, 0 if root is not None else -1, metadata)
@@ -471,6 +472,12 @@ class ImageIndex:
                 f"{about.get('fingerprint', '-')[:12]}), not with {encoder.spec!r} ({encoder.fingerprint[:12]}); their "
                 f"vectors cannot be compared. Use the first, or make a new index with --out"
             )
+
+
+def _refuse_existing(store: Store) -> None:
+    """Before the encoder is loaded, and again once the lock is held: two first builds must not follow each other."""
+    if store.exists():
+        raise InputError(f"{str(store.folder)!r} holds an index already; choose another folder, or update that one")
 
 
 def find_index(path: str | os.PathLike[str]) -> Path:

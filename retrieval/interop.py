@@ -19,6 +19,7 @@ from mmalign.errors import InputError
 from mmalign.progress import progress_bar
 
 from .index import ImageIndex
+from .metadata import concat_metadata
 
 __all__ = ["export_clip_retrieval", "import_clip_retrieval"]
 
@@ -73,7 +74,7 @@ def import_clip_retrieval(
         raise InputError(
             f"the shards of {str(root)!r} have rows of {sorted(widths)} columns; they are of several models"
         )
-    metadata = pa.concat_tables([t for t in columns if t is not None], promote_options="default") if tables else None
+    metadata = concat_metadata([t for t in columns if t is not None]) if tables else None
     common = _common_root(names)
     return ImageIndex.from_vectors(
         out,

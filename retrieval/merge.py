@@ -15,6 +15,7 @@ from mmalign.progress import progress_bar
 from .draft import Draft
 from .index import ImageIndex
 from .items import ItemColumns
+from .metadata import concat_metadata
 from .storage import Store
 
 __all__ = ["merge_indexes"]
@@ -65,7 +66,7 @@ def merge_indexes(
                     advance(1)
             kept = [table for table in tables if table is not None]
             if kept:
-                draft.set_metadata(pa.concat_tables(kept, promote_options="default"))
+                draft.set_metadata(concat_metadata(kept))
             draft.finish(None, factory=factory, progress=progress)
         except BaseException:
             writer.abandon()

@@ -62,7 +62,9 @@ def index_build(
     factory: Annotated[
         str | None, typer.Option(help="FAISS factory string, e.g. HNSW32,SQfp16. (default: chosen by size)")
     ] = None,
-    recall: Annotated[float, typer.Option(min=0.1, max=1, help="recall@10 to tune an approximate index for.")] = 0.95,
+    recall: Annotated[
+        float | None, typer.Option(min=0.1, max=1, help="recall@10 to tune an approximate index for. (default: 0.95)")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="I/N indexes the I-th of N parts, for N machines; join with `index merge`.")
     ] = None,
@@ -74,15 +76,24 @@ def index_build(
         bool | None, typer.Option("--tolerate-truncation/--no-truncated", help="Keep images whose end is missing.")
     ] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger images. (default: 178,956,970)")] = None,
-    follow_links: Annotated[bool, typer.Option("--follow-links", help="Enter linked folders too.")] = False,
-    all_files: Annotated[bool, typer.Option("--all-files", help="Look into files without an image suffix.")] = False,
-    hidden: Annotated[bool, typer.Option("--hidden", help="Also names that start with a dot.")] = False,
+    follow_links: Annotated[
+        bool | None, typer.Option("--follow-links/--no-follow-links", help="Enter linked folders too. (default: no)")
+    ] = None,
+    all_files: Annotated[
+        bool | None,
+        typer.Option("--all-files/--image-suffixes", help="Look into files of any name. (default: image suffixes)"),
+    ] = None,
+    hidden: Annotated[
+        bool | None, typer.Option("--hidden/--no-hidden", help="Also names that start with a dot. (default: no)")
+    ] = None,
     allow_removals: Annotated[
         bool, typer.Option("--allow-removals", help="Drop vanished images even if they are more than a half.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Index a folder of images. Run it again to bring the index up to date: only what changed is read.
+
+    How files are chosen and decoded, and how FAISS is made, stays as it was unless said otherwise.
 
     It can be stopped at any time (Ctrl-C, kill, power): the next run goes on from the last checkpoint.
     """
@@ -94,6 +105,11 @@ def index_build(
         "tolerate_truncation": tolerate_truncation,
         "max_pixels": max_pixels,
         "factory": factory,
+        "wanted_recall": recall,
+        "follow_links": follow_links,
+        "all_files": all_files,
+        "hidden": hidden,
+        "shard": parse_shard(shard) if shard else None,
     }
     index, report = ImageIndex.build(
         folder,
@@ -104,11 +120,6 @@ def index_build(
         batch_size=batch_size,
         workers=workers,
         metadata=metadata,
-        wanted_recall=recall,
-        shard=parse_shard(shard) if shard else None,
-        follow_links=follow_links,
-        all_files=all_files,
-        hidden=hidden,
         allow_removals=allow_removals,
         progress=not quiet,
         **{name: value for name, value in options.items() if value is not None},

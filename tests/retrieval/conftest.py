@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from retrieval_helpers import draw
+from drawing import draw
 from tiny_encoder import TinyEncoder
 
 from retrieval import ImageIndex

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from retrieval_helpers import draw, same_content
+from drawing import draw, same_content
 from tiny_encoder import TinyEncoder
 
 from retrieval import ImageIndex

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from retrieval_helpers import clustered, draw, names
+from drawing import clustered, draw, names
 from tiny_encoder import TinyEncoder
 
 from mmalign.errors import InputError

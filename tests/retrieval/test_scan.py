@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from retrieval_helpers import ordinary_user
+from drawing import ordinary_user
 
 from mmalign.errors import InputError
 from retrieval.scan import FoundFile, parse_shard, scan

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawing import clustered, draw, names, unit
 from PIL import Image
-from retrieval_helpers import clustered, draw, names, unit
 from tiny_encoder import DIM, TinyEncoder, expected_vector
 
 from mmalign.errors import InputError, UnreadableImageError

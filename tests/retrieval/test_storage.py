@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from retrieval_helpers import clustered, draw, names, ordinary_user, same_content
+from drawing import clustered, draw, names, ordinary_user, same_content
 from tiny_encoder import DIM, TinyEncoder
 
 from mmalign.errors import IndexDamagedError, IndexLockedError, InputError, MMAlignError

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from drawing import clustered, content, draw, names, ordinary_user, same_content
 from PIL import Image
-from retrieval_helpers import clustered, content, draw, names, ordinary_user, same_content
 from tiny_encoder import DIM, TinyEncoder, expected_vector
 
 import retrieval.build
@@ -308,7 +308,7 @@ def test_missing_disk_is_refused_and_changes_nothing(
         folder.mkdir()
     before = (tmp_path / "idx" / "CURRENT").read_text()
     with pytest.raises(InputError, match="mounted"):
-        index.update(allow_removals=True)
+        index.update()
     assert (tmp_path / "idx" / "CURRENT").read_text() == before
     assert len(ImageIndex.open(tmp_path / "idx")) == 12
 
@@ -922,3 +922,42 @@ def test_every_error_is_ours(index: ImageIndex, folder: Path) -> None:
         with pytest.raises(MMAlignError):
             call()
     assert len(content(ImageIndex.open(folder))) == 12
+
+
+# -- settings hold until they are changed ------------------------------------------------------------------------------
+
+
+def test_what_was_chosen_once_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    draw(folder / "seen.png", 1)
+    draw(folder / ".hidden.png", 2)
+    (folder / "nameless").write_bytes(draw(folder / "other.png", 3).read_bytes() + b"")
+    index, _ = ImageIndex.build(folder, tmp_path / "index", encoder=TinyEncoder(), hidden=True)
+    assert len(index) == 3
+    assert index.update().removed == 0, "an update looks where the first run looked"
+    assert index.update(hidden=False).removed == 1
+    assert len(index) == 2
+
+
+def test_a_shard_stays_a_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for number in range(12):
+        draw(folder / f"{number}.png", number)
+    index, first = ImageIndex.build(folder, tmp_path / "index", encoder=TinyEncoder(), shard=(0, 3))
+    assert 0 < first.added < 12
+    again = index.update()
+    assert (again.added, again.removed, again.unchanged) == (0, 0, first.added)
+
+
+def test_an_emptied_folder_can_be_cleared_on_purpose(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    path = draw(folder / "one.png", 1)
+    index, _ = ImageIndex.build(folder, tmp_path / "index", encoder=TinyEncoder())
+    path.unlink()
+    with pytest.raises(InputError, match="allow-removals"):
+        index.update()
+    assert len(index) == 1
+    assert index.update(allow_removals=True).removed == 1
+    assert len(index) == 0
+    assert index.search("anything") == []
+    assert ImageIndex.open(tmp_path / "index").verify() == []
