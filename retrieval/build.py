@@ -121,7 +121,7 @@ def update_folder(
     """
     started = time.perf_counter()
     report = UpdateReport()
-    found = scan(root, **vars(scanning))
+    found = scan(root, **vars(scanning), skip=draft.folder)
     state = _State(draft, root_number, found, report)
     if not found.files:
         _refuse_empty(root, state.known, scanning, allow_removals)
@@ -175,8 +175,9 @@ def add_images(
     by_root: dict[int, dict[bytes, list[int]]] = {}
     for number, path in enumerate(paths):
         whole = Path(os.path.abspath(path))
-        owner = next((n for n, root in enumerate(roots) if root.resolve() in whole.resolve().parents), -1)
-        below = whole if owner < 0 else whole.resolve().relative_to(roots[owner].resolve())
+        inside = whole.parent.resolve() / whole.name  # a linked file is indexed under its own name
+        owner = next((n for n, root in enumerate(roots) if root.resolve() in inside.parents), -1)
+        below = whole if owner < 0 else inside.relative_to(roots[owner].resolve())
         by_root.setdefault(owner, {}).setdefault(os.fsencode(below.as_posix()), []).append(number)
     ids = [-1] * len(paths)
     with progress_bar("adding", len(paths), enabled=progress) as advance:

@@ -83,9 +83,11 @@ class Calibration:
         text = best_by_chance(text_queries, background, n) if text_queries is not None else np.zeros(0, np.float32)
         return cls(text, best_by_chance(background, background, n, leave_one_out=True))
 
-    def match(self, scores: np.ndarray, kind: str) -> Float[np.ndarray, ...]:
-        """Match in [0, 1] for cosines of queries of a kind ("text" or "image")."""
-        levels = self.text if kind == "text" and len(self.text) else self.image
+    def match(self, scores: np.ndarray, kind: str) -> Float[np.ndarray, ...] | None:
+        """Match in [0, 1] for cosines of queries of a kind ("text" or "image"); `None` where no level is known."""
+        levels = self.text if kind == "text" else self.image
+        if not len(levels):
+            return None
         return np.searchsorted(levels, scores, side="left") / len(levels)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -56,11 +57,13 @@ def apply_update(draft: Draft, encoder: Encoder, root: Path, number: int, option
     scans[str(number)] = asdict(scanning)
     decode = _remembered(DecodeSettings, settings.get("decode", {}), options)
     settings["decode"] = asdict(decode)
-    if finishing.get("factory") is not None:
+    if finishing.get("factory") not in (None, "auto"):
         choose_plan(sys.maxsize, draft.dim, factory=finishing["factory"])  # a typing error costs no hours of encoding
+    started = time.perf_counter()
     report = update_folder(draft, encoder, root, number, decode=decode, scanning=scanning, **options)
     draft.checkpoint()
     draft.finish(encoder, progress=bool(options.get("progress")), **finishing)
+    report.seconds = time.perf_counter() - started
     return report
 
 

@@ -170,7 +170,7 @@ class Draft:
 
         Args:
             encoder: embeds the reference queries the first time; `None` where there is none.
-            factory: a FAISS factory string, instead of the choice by size.
+            factory: a FAISS factory string, instead of the choice by size; "auto" goes back to that.
             wanted_recall: recall@10 to tune for; 0.95 unless ever given.
             text_queries: the user's own unit rows to tune with, instead of the built-in phrases.
             memory_bytes: what the FAISS index may take.
@@ -181,10 +181,13 @@ class Draft:
         given = {"factory": factory, "wanted_recall": wanted_recall, "memory_bytes": memory_bytes}
         changed = {name: value for name, value in given.items() if value is not None and settings.get(name) != value}
         settings.update(changed)
+        if factory == "auto":
+            del settings["factory"]
         force = force or text_queries is not None or "wanted_recall" in changed
         self._compact()
         vectors = self.vectors()
-        if len(vectors) and self._faiss_is_stale(force):
+        speaks = encoder is not None and "text" in encoder.modalities
+        if len(vectors) and self._faiss_is_stale(force or (speaks and self.manifest["queries"] is None)):
             if text_queries is not None:
                 self.write_queries(checked_rows(text_queries, self.dim))
             elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
@@ -368,15 +371,23 @@ def store_roots(roots: list[Path], folder: Path) -> list[dict[str, str]]:
             relative = os.path.relpath(root.resolve(), folder.resolve())
         except ValueError:  # another drive on Windows
             relative = ""
-        stored.append({"absolute": os.fspath(root.resolve()), "relative": relative})
+        inside = root.resolve() in folder.resolve().parents
+        below = os.path.relpath(folder.resolve(), root.resolve()) if inside else ""
+        stored.append({"absolute": os.fspath(root.resolve()), "relative": relative, "index_below": below})
     return stored
 
 
 def resolve_roots(stored: list[dict[str, str]], folder: Path) -> list[Path]:
-    """Where the indexed folders are now: the recorded place if it still exists, else beside the moved index."""
+    """Where the indexed folders are now.
+
+    The recorded place if it still exists, else beside the moved index; but an index inside an indexed folder belongs
+    to the folder it is in, or a copy of both would answer with the original's files.
+    """
     found = []
     for root in stored:
         absolute = Path(root["absolute"])
         beside = Path(os.path.normpath(folder.resolve() / root["relative"])) if root["relative"] else absolute
-        found.append(absolute if absolute.exists() or not beside.exists() else beside)
+        below = root.get("index_below", "")
+        inside = bool(below) and beside / below == folder.resolve()
+        found.append(beside if beside.exists() and (inside or not absolute.exists()) else absolute)
     return found

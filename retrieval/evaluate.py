@@ -37,7 +37,8 @@ def read_captions(path: str | os.PathLike[str]) -> list[tuple[str, list[str]]]:
         try:
             entry = json.loads(line)
             file = next(entry[name] for name in ("file", "file_name", "image", "path") if name in entry)
-            captions = entry["captions"] if "captions" in entry else [entry["caption"]]
+            captions = entry["captions"] if "captions" in entry else entry["caption"]
+            captions = [captions] if isinstance(captions, str) else captions
             captions = [caption for caption in captions if caption.strip()]
         except (ValueError, KeyError, StopIteration, TypeError, AttributeError):
             raise InputError(
@@ -70,15 +71,19 @@ def evaluate_captions(
     owners: list[int] = []
     captions: list[str] = []
     rows: list[int] = []
+    place_of_row: dict[int, int] = {}
     unmatched = []
     for file, texts in pairs:
         position = position_of.get(os.fsencode(file), position_of.get(os.fsencode(Path(file).name)))
         if position is None:
             unmatched.append(file)
             continue
+        row = index.items.value("row", position)
+        if row not in place_of_row:  # a file may have several lines, and several files one content
+            place_of_row[row] = len(rows)
+            rows.append(row)
         captions += texts
-        owners += [len(rows)] * len(texts)
-        rows.append(index.items.value("row", position))
+        owners += [place_of_row[row]] * len(texts)
     if not rows:
         raise InputError(f"none of the {len(pairs)} captioned files is in the index (first: {pairs[0][0]!r})")
     texts_by_image: list[list[int]] = [[] for _ in rows]

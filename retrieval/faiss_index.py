@@ -6,12 +6,14 @@ PreTransform silently do not apply, and half of the index types cannot remove at
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -181,19 +183,25 @@ def build(vectors: Vectors, rows: int, plan: Plan, *, progress: bool = False, se
         chosen[np.random.default_rng(seed).choice(rows, sample, replace=False)] = True
         # Picking rows out of the mapped file would make most of its pages resident.
         picked = [piece[chosen[first : first + len(piece)]] for first, piece in vectors.stream(0, rows)]
-        try:
+        with _explained(plan.factory, sample):
             index.train(np.concatenate(picked))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1][:200]
-            raise InputError(
-                f"FAISS cannot train {plan.factory!r} on {sample} vectors ({reason}); "
-                "choose a type with fewer centroids"
-            ) from None
     with progress_bar("building the FAISS index", rows, unit="vectors", enabled=progress) as advance:
         for _, piece in vectors.stream(0, rows):
-            index.add(piece)
+            with _explained(plan.factory, rows):
+                index.add(piece)
             advance(len(piece))
     return index
+
+
+@contextlib.contextmanager
+def _explained(factory: str, rows: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise InputError(
+            f"FAISS cannot make {factory!r} of {rows} vectors ({reason}); choose another type with --factory"
+        ) from None
 
 
 def grow(path: Path, vectors: Vectors, start: int, stop: int) -> Any:

@@ -76,6 +76,7 @@ def _thumbnail(hit: Hit) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    text = " ".join(text.split())
     while draw.textlength(text, font) > width and len(text) > 1:
         text = text[:-2] + "…"
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,15 @@ class Hit:
             "flags": list(self.item.flags),
             "sha256": self.item.sha256,
             "aliases": [os.fspath(path) for path in self.aliases],
-            "metadata": {key: value if _is_plain(value) else str(value) for key, value in self.metadata.items()},
+            "metadata": _json_safe(self.metadata),
         }
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, list, dict))
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_safe(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from mmalign.device import resolve_dtype
 from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
 from mmalign.errors import EncoderMismatchError, InputError
 
@@ -111,6 +113,8 @@ class ImageIndex:
             kind = "is a file; give the folder it is in" if root.exists() else "does not exist; check the path"
             raise InputError(f"{str(root)!r} {kind}")
         store = Store(Path(out) if out is not None else root / DEFAULT_FOLDER)
+        if dtype != "auto":
+            resolve_dtype(dtype)
         if store.exists():
             index = cls(store.folder, device=device)
             if encoder is not None:
@@ -318,7 +322,9 @@ class ImageIndex:
         snapshot = self.snapshot
         passing = snapshot.passing(where) if where is not None else None
         mask = snapshot.rows_of(passing) if passing is not None else None
-        scores, rows = snapshot.search_vectors(vector[None], k, mask=mask, exact=exact)
+        # Padding for results that cannot be is not worth the memory of a k typed with too many zeros.
+        depth = min(k, max(1, snapshot.alive_count))
+        scores, rows = snapshot.search_vectors(vector[None], depth, mask=mask, exact=exact)
         return snapshot.hits(scores[0], rows[0], kind, min_match=min_match, min_score=min_score, passing=passing)
 
     def similar(self, image: int | str | os.PathLike[str], k: int = 10, **options: Any) -> list[Hit]:
@@ -329,9 +335,9 @@ class ImageIndex:
         """
         position = self.snapshot.position_of(image)
         if position is None:
-            if isinstance(image, int):
+            if isinstance(image, Integral):
                 raise InputError(f"the index has no item with id {image}; `search` results carry ids")
-            return self.search(Term(Path(image), kind="image"), k, **options)
+            return self.search(Term(image, kind="image"), k, **options)
         if k < 1:
             raise InputError(f"k is {k}; ask for at least one result")
         row = self.items.value("row", position)
@@ -408,7 +414,8 @@ class ImageIndex:
         """
         decode = DecodeSettings(**self.manifest["settings"].get("decode", {}))
         with self._drafting() as draft:
-            ids = add_images(draft, self.encoder, self.roots, list(images), decode=decode, progress=progress)
+            paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+            ids = add_images(draft, self.encoder, self.roots, paths, decode=decode, progress=progress)
             draft.finish(self.encoder)
         return ids
 

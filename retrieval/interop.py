@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmalign.encoders import Encoder
@@ -99,6 +101,18 @@ def export_clip_retrieval(
     target = Path(folder)
     if (target / "img_emb").exists() or (target / "metadata").exists():
         raise InputError(f"{str(target)!r} holds an export already; choose another folder")
+    try:
+        _write_shards(index, target, rows_a_shard, progress)
+    except OSError as error:
+        for made in (target / "img_emb", target / "metadata"):
+            shutil.rmtree(made, ignore_errors=True)
+        raise InputError(
+            f"writing to {str(target)!r} failed ({error.strerror or error}); choose another place"
+        ) from None
+    return target
+
+
+def _write_shards(index: ImageIndex, target: Path, rows_a_shard: int, progress: bool) -> None:
     (target / "img_emb").mkdir(parents=True)
     (target / "metadata").mkdir()
     rows = index.items.numbers("row")
@@ -111,7 +125,6 @@ def export_clip_retrieval(
             )
             pq.write_table(_export_rows(index, part), target / f"metadata/metadata_{number}.parquet")
             advance(len(part))
-    return target
 
 
 def _export_rows(index: ImageIndex, part: range) -> pa.Table:
@@ -127,9 +140,12 @@ def _export_rows(index: ImageIndex, part: range) -> pa.Table:
     )
     if index.metadata is None:
         return table
-    # Arrow's join does not keep the order of rows.
-    own = index.metadata.drop_columns([n for n in index.metadata.column_names if n in table.column_names and n != "id"])
-    return table.join(own, "id").sort_by("id").take(pa.array(np.argsort(np.argsort(table.column("id").to_numpy()))))
+    # A join would not keep the order of rows, nor take lists and structs.
+    places = pc.index_in(table.column("id"), index.metadata.column("id"))
+    for name in index.metadata.column_names:
+        if name not in table.column_names:
+            table = table.append_column(name, index.metadata.column(name).take(places))
+    return table
 
 
 class _Stacked:

@@ -55,9 +55,8 @@ def merge_indexes(
         try:
             draft = Draft.start(store, writer, first, roots)
             draft.manifest["settings"] = {"decode": opened[0].manifest["settings"].get("decode", {})}
-            if opened[0].manifest["queries"] is not None:
-                queries = opened[0].snapshot.reference_queries()
-                assert queries is not None
+            queries = next((q for index in opened if (q := index.snapshot.reference_queries()) is not None), None)
+            if queries is not None:
                 draft.write_queries(queries)
             tables = []
             with progress_bar("merging", len(opened), unit="indexes", enabled=progress) as advance:

@@ -34,7 +34,15 @@ def read_table(path: Path) -> pa.Table:
         if suffix == ".csv":
             import pyarrow.csv
 
-            return pyarrow.csv.read_csv(path)
+            table = pyarrow.csv.read_csv(path)
+            binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+            if set(binary) - set(_FILE_COLUMNS):
+                # Bytes instead of text: not UTF-8. Spreadsheets on Windows write cp1252. File names stay as they are.
+                again = pyarrow.csv.read_csv(path, read_options=pyarrow.csv.ReadOptions(encoding="cp1252"))
+                for place, name in enumerate(table.column_names):
+                    if name in binary and name not in _FILE_COLUMNS:
+                        table = table.set_column(place, name, again.column(place))
+            return table
         if suffix in (".jsonl", ".ndjson", ".json"):
             import pyarrow.json
 

@@ -23,10 +23,11 @@ def diagnose(folder: str | os.PathLike[str]) -> list[str]:
     """
     path = find_index(folder)
     store = Store(path)
-    problems = list(store.check_contents(store.read_unchecked()))
-    if not problems:
-        problems = ImageIndex(path).verify()
-    return [f"{problem}; {_remedy(problem, path)}" for problem in problems]
+    while True:
+        manifest = store.read_unchecked()
+        problems = list(store.check_contents(manifest)) or ImageIndex(path).verify()
+        if not problems or not store.is_superseded(manifest):  # else a writer cleared what we were checking
+            return [f"{problem}; {_remedy(problem, path, manifest)}" for problem in problems]
 
 
 def repair(folder: str | os.PathLike[str]) -> list[str]:
@@ -37,16 +38,16 @@ def repair(folder: str | os.PathLike[str]) -> list[str]:
     """
     path = find_index(folder)
     store = Store(path)
-    manifest = store.read_unchecked()
-    broken = [problem.split(" ")[0] for problem in store.check_contents(manifest)]
-    derived = {manifest["skipped"], manifest["queries"], manifest["faiss"]["file"] if manifest["faiss"] else None}
-    lost = [name for name in broken if name not in derived]
-    if lost:
-        raise IndexDamagedError(
-            f"{', '.join(lost)} cannot be rebuilt from the rest; restore the file from a backup, or {_again(manifest)}"
-        )
     done = []
     with store.write() as writer:
+        manifest = store.read_unchecked()
+        broken = [problem.split(" ")[0] for problem in store.check_contents(manifest)]
+        lost = [name for name in broken if name not in _derived(manifest)]
+        if lost:
+            raise IndexDamagedError(
+                f"{', '.join(lost)} cannot be rebuilt from the rest; restore the file from a backup, or "
+                f"{_again(manifest, path)}"
+            )
         for part in ("skipped", "queries"):
             if manifest[part] in broken:
                 manifest[part] = None
@@ -57,12 +58,17 @@ def repair(folder: str | os.PathLike[str]) -> list[str]:
     return done
 
 
-def _remedy(problem: str, folder: Path) -> str:
-    if problem.startswith(("faiss-", "skipped-")):
-        return f"`mmalign verify {folder} --repair` rebuilds it from the vectors"
-    return "restore the file from a backup, or index the folder again"
+def _derived(manifest: Manifest) -> set[str | None]:
+    """Files that can be made again from the others, or done without."""
+    return {manifest["skipped"], manifest["queries"], manifest["faiss"]["file"] if manifest["faiss"] else None}
 
 
-def _again(manifest: Manifest) -> str:
-    roots = [root["absolute"] for root in manifest["roots"]]
-    return f"delete the index folder and run `mmalign index {' '.join(roots) or 'FOLDER'}` again"
+def _remedy(problem: str, folder: Path, manifest: Manifest) -> str:
+    if problem.split(" ")[0] in _derived(manifest):
+        return f"`mmalign verify {folder} --repair` makes it again or does without"
+    return f"restore the file from a backup, or {_again(manifest, folder)}"
+
+
+def _again(manifest: Manifest, folder: Path) -> str:
+    roots = " ".join(root["absolute"] for root in manifest["roots"]) or "FOLDER"
+    return f"delete {folder} and run `mmalign index {roots} --out {folder}`"

@@ -95,6 +95,7 @@ def scan(
     all_files: bool = False,
     hidden: bool = False,
     shard: tuple[int, int] | None = None,
+    skip: Path | None = None,
 ) -> ScanResult:
     """Walk a folder.
 
@@ -104,6 +105,7 @@ def scan(
         all_files: also files without an image suffix; those that are no images will be reported as skipped.
         hidden: also names that start with a dot (thumbnail caches, macOS resource forks).
         shard: (i, n) keeps the i-th of n parts, by a hash of the path.
+        skip: a folder to leave out: the index that is being made. Finished indexes are left out in any case.
 
     Raises:
         InputError: the root is missing, no folder, or may not be read.
@@ -113,7 +115,11 @@ def scan(
     if not root.is_dir():
         raise InputError(f"{str(root)!r} is a file; give the folder it is in")
     result = ScanResult()
+    inside = skip is not None and root.resolve() in skip.resolve().parents
+    skipped = os.fsencode(skip.resolve().relative_to(root.resolve()).as_posix()) + b"/" if skip and inside else None
     for found in _walk(os.fsencode(root), b"", follow_links, all_files, hidden, result, set()):
+        if skipped is not None and found.path.startswith(skipped):
+            continue
         if shard is None or int.from_bytes(hashlib.sha1(found.path).digest()[:8], "big") % shard[1] == shard[0]:
             result.files.append(found)
     if b"" in result.closed_folders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,14 @@ class Snapshot:
         """See `ImageIndex.search_vectors`."""
         if k < 1:
             raise InputError(f"k is {k}; ask for at least one result")
+        queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
         queries = np.ascontiguousarray(queries, np.float32)
+        norms = np.einsum("qd,qd->q", queries, queries)
+        if not np.all(np.abs(norms - 1) < 1e-2):
+            bad = int(np.argmax(~(np.abs(norms - 1) < 1e-2)))
+            raise InputError(f"query {bad} has length {norms[bad] ** 0.5:g}; normalise queries to length 1")
         return search_rows(
             self.vectors,
             queries,
@@ -137,7 +143,13 @@ class Snapshot:
         passing: Bool[np.ndarray, " items"] | None = None,
     ) -> list[Hit]:
         """Results of one query as hits; `passing` says which of several files with equal content may stand for them."""
-        matches = self.calibration.match(scores, kind) if self.calibration else [None] * len(scores)
+        known = self.calibration.match(scores, kind) if self.calibration else None
+        if known is None and min_match is not None:
+            raise InputError(
+                f"this index has no match scores for {kind} queries yet: it has fewer than 8 images, its first build "
+                "was interrupted (run `mmalign index` again), or its encoder takes no text; leave out --min-match"
+            )
+        matches = [None] * len(scores) if known is None else known
         hits: list[Hit] = []
         for score, row, match in zip(scores, rows, matches, strict=True):
             if row < 0:
@@ -170,15 +182,17 @@ class Snapshot:
 
     def position_of(self, image: int | str | os.PathLike[str]) -> int | None:
         """Line of the item table for an id or a path; `None` if there is none."""
-        if isinstance(image, int):
+        if isinstance(image, Integral):
             found = np.flatnonzero(self.items.numbers("id") == image)
             return int(found[0]) if len(found) else None
-        wanted = Path(image).resolve()
-        for number, root in enumerate(self.roots):
+        whole = Path(os.path.abspath(os.fspath(image)))  # type: ignore[arg-type]
+        wanted = whole.parent.resolve() / whole.name  # a linked file is indexed under its own name
+        for number, root in [*enumerate(self.roots), (-1, None)]:
             try:
-                raw = os.fsencode(wanted.relative_to(root.resolve()).as_posix())
+                below = wanted.relative_to(root.resolve()) if root is not None else whole
             except ValueError:
                 continue
+            raw = os.fsencode(below.as_posix())
             roots = self.items.numbers("root")
             matching = pc.equal(self.items.table.column("path"), display_path(raw)).to_numpy()
             for position in np.flatnonzero(matching & (roots == number)):

@@ -91,8 +91,11 @@ class Store:
         for name in manifest["files"] if names is None else names:
             about = manifest["files"][name]
             problem = self._check_size(name, about)
-            if problem is None and _sha256(self.folder / name) != about["sha256"]:
-                problem = f"{name} was altered (its SHA-256 is not the recorded one)"
+            try:
+                if problem is None and _sha256(self.folder / name) != about["sha256"]:
+                    problem = f"{name} was altered (its SHA-256 is not the recorded one)"
+            except OSError as error:
+                problem = f"{name} cannot be read ({error.strerror})"
             if problem:
                 yield problem
 

@@ -23,8 +23,9 @@ def main() -> None:
     for entry in report.skipped[:5]:
         print(f"  skipped ({entry['reason']}): {entry['message']}")
     queries = SAMPLE_QUERIES if folder == SAMPLES else QUERIES
+    surely = 0.95 if index.snapshot.calibration else None
     # Fewer and surer: what hardly stands out is left out, and a query without an answer says so.
-    results = [(query, index.search(query, 4, min_match=0.95)) for query in queries]
+    results = [(query, index.search(query, 4, min_match=surely)) for query in queries]
     for query, hits in results:
         print(f"\n{query}")
         if not hits:

@@ -322,3 +322,79 @@ def test_every_command_has_help(run: Run) -> None:
         result = run(*command, "--help")
         assert result.code == 0
         assert "Usage" in result.out
+
+
+# -- found by a stranger -----------------------------------------------------------------------------------------------
+
+
+def test_a_copied_folder_answers_with_its_own_files(run: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "000000519208.jpg", tmp_path / "one")
+    run("index", tmp_path / "one", "--encoder", "bundled", "-q")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert run("search", tmp_path / "two", "an elephant", "-p").out.strip() == str(tmp_path / "two/000000519208.jpg")
+    assert "1 images" in run("index", tmp_path / "two", "-q").err
+
+
+def test_min_match_without_levels_is_an_error(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    complaint(run("search", tmp_path, "a dog", "--min-match", "0.9"), "fewer than 8")
+
+
+def test_one_caption_a_line_and_a_list_are_the_same(
+    run: Run, photo_index: Path, captions: list[dict], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"file": row["file"], "caption": text}) for row in captions for text in row["captions"]]
+    (tmp_path / "flat.jsonl").write_text("\n".join(lines))
+    lists = [json.dumps({"file": row["file"], "captions": row["captions"]}) for row in captions]
+    (tmp_path / "lists.jsonl").write_text("\n".join(lists))
+    one, other = (
+        json.loads(run("eval", "retrieval", photo_index, "--captions", tmp_path / name, "--json").out)
+        for name in ("flat.jsonl", "lists.jsonl")
+    )
+    assert one == other
+
+
+def test_a_huge_count_costs_nothing(run: Run, photo_index: Path) -> None:
+    assert len(run("search", photo_index, "a dog", "-k", "1000000000", "-p").out.splitlines()) == 76
+
+
+def test_a_place_is_not_taken_for_words(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    (tmp_path / "sub").mkdir()
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    monkeypatch.chdir(tmp_path)
+    complaint(run("search", "sub", "a dog"), "'sub'")
+    complaint(run("search", "../nowhere", "a dog"), "nowhere")
+
+
+def test_a_query_of_several_lines_can_be_drawn(run: Run, photo_index: Path, tmp_path: Path) -> None:
+    assert run("search", photo_index, "a dog\nrunning", "-k", "1", "--grid", tmp_path / "grid.png").code == 0
+
+
+def test_nested_metadata_goes_into_json(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    row = '{"file": "000000519208.jpg", "taken": {"at": "2024-01-01T00:00:00"}, "tags": ["a", "b"]}'
+    (tmp_path / "metadata.jsonl").write_text(row + "\n")
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    metadata = json.loads(run("search", tmp_path, "a dog", "--json").out)["metadata"]
+    assert metadata["taken"]["at"].startswith("2024-01-01")
+    assert metadata["tags"] == ["a", "b"]
+    assert run("index", "export", tmp_path, tmp_path / "out").code == 0
+
+
+def test_interrupting_says_what_is_kept(photos: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, mmalign.cli, retrieval.build as build\n"
+        "def stop(*a, **k): raise KeyboardInterrupt\n"
+        "build.encode_stream = stop\n"
+        f"sys.argv = ['mmalign', 'index', {str(photos)!r}, '--out', {str(tmp_path / 'i')!r}, '-e', 'bundled', '-q']\n"
+        "mmalign.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == cli.INTERRUPTED
+    assert "stopped" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -68,9 +68,10 @@ def main() -> None:
     except MMAlignError as error:
         say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("stopped; what was done is kept, run the same command again to go on")
-        sys.exit(INTERRUPTED)
+    except SystemExit as stop:  # typer turns Ctrl-C into this
+        if stop.code == INTERRUPTED:
+            say("stopped; an index keeps what its last checkpoint holds, run the same command again to go on")
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

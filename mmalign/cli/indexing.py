@@ -60,7 +60,7 @@ def index_build(
         ),
     ] = None,
     factory: Annotated[
-        str | None, typer.Option(help="FAISS factory string, e.g. HNSW32,SQfp16. (default: chosen by size)")
+        str | None, typer.Option(help="FAISS factory string, e.g. HNSW32,SQfp16; auto goes back to the choice by size.")
     ] = None,
     recall: Annotated[
         float | None, typer.Option(min=0.1, max=1, help="recall@10 to tune an approximate index for. (default: 0.95)")

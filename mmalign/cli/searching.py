@@ -77,6 +77,8 @@ def _index_and_terms(terms: list[str], device: str | None) -> tuple[ImageIndex, 
     try:
         folder, words = find_index(terms[0]), terms[1:]
     except InputError:
+        if Path(terms[0]).is_dir() or (os.sep in terms[0] and not Path(terms[0]).is_file()):
+            raise  # meant as a place, not as words
         try:
             folder, words = find_index("."), terms
         except InputError:

@@ -21,6 +21,7 @@ from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError
 from ..imaging import ImagePreprocessing, read_image
 from ..progress import progress_bar
+from .hub import quiet_libraries
 from .stream import checked_batch_size, encode_stream
 
 if TYPE_CHECKING:
@@ -246,6 +247,10 @@ class Encoder(ABC):
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             fresh = Path(temporary) / "fresh"
             fresh.mkdir()
+            with quiet_libraries():
+                config = self.write(fresh)
+            for path in fresh.rglob("*.safetensors"):
+                path.chmod(0o644)  # safetensors writes for the owner alone
             about = {
                 "format": FORMAT_VERSION,
                 "source": self.source,
@@ -253,7 +258,7 @@ class Encoder(ABC):
                 "dim": self.dim,
                 "fingerprint": fingerprint,
                 "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
-                "config": self.write(fresh),
+                "config": config,
             }
             (fresh / "encoder.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             previous = Path(temporary) / "previous"

@@ -911,6 +911,7 @@ def test_metadata_in_latin_1(folder: Path, encoder: TinyEncoder) -> None:
     index, report = ImageIndex.build(folder, encoder=encoder)
     assert report.metadata_unmatched == 0
     assert sorted(rows_of(index)) == ["00.png", "caf\\udce9.png"]
+    assert [hit.item.name for hit in index.search("red", where="city=Köln")] == ["caf\\udce9.png"]
 
 
 def test_every_error_is_ours(index: ImageIndex, folder: Path) -> None:
