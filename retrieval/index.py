@@ -30,7 +30,7 @@ from .snapshot import Snapshot
 from .storage import Manifest, Store
 from .vectors import Vectors
 
-__all__ = ["DEFAULT_FOLDER", "Hit", "ImageIndex", "find_index"]
+__all__ = ["DEFAULT_FOLDER", "ImageIndex", "find_index"]
 
 DEFAULT_FOLDER = ".mmalign"
 
@@ -391,11 +391,7 @@ class ImageIndex:
                 reports = [apply_update(draft, encoder, root, n, options) for n, root in enumerate(self.roots)]
                 if not reports:
                     raise InputError("this index was made from vectors and has no folder; name one to add")
-                report = reports[0]
-                for other in reports[1:]:
-                    for name, value in vars(other).items():
-                        setattr(report, name, getattr(report, name) + value)
-                return report
+                return sum(reports[1:], reports[0])
             root = Path(folder)
             known = [number for number, path in enumerate(self.roots) if path.resolve() == root.resolve()]
             if not known:

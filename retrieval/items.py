@@ -141,10 +141,6 @@ class Items:
         low, high = np.searchsorted(rows, [row, row + 1])
         return list(range(low, high)) if order is None else [int(p) for p in order[low:high]]
 
-    def positions_of_ids(self) -> dict[int, int]:
-        """Line of every id."""
-        return {int(number): position for position, number in enumerate(self.numbers("id"))}
-
 
 @dataclass
 class ItemColumns:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from retrieval import ImageIndex
-from retrieval.index import Hit
+from retrieval import Hit, ImageIndex
 
 
 def draw(path: Path | bytes | str, seed: int, size: tuple[int, int] = (8, 8)) -> Path:

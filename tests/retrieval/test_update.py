@@ -962,3 +962,15 @@ def test_an_emptied_folder_can_be_cleared_on_purpose(tmp_path: Path) -> None:
     assert len(index) == 0
     assert index.search("anything") == []
     assert ImageIndex.open(tmp_path / "index").verify() == []
+
+
+def test_reports_of_several_folders_add_up(tmp_path: Path) -> None:
+    for number in range(5):
+        draw(tmp_path / ("one" if number < 3 else "two") / f"{number}.png", number)
+    index, _ = ImageIndex.build(tmp_path / "one", tmp_path / "index", encoder=TinyEncoder())
+    index.update(tmp_path / "two")
+    draw(tmp_path / "one" / "new.png", 10)
+    draw(tmp_path / "two" / "new.png", 11)
+    report = index.update()
+    assert (report.added, report.unchanged, report.encoded) == (2, 5, 2)
+    assert report.encoded_per_second == report.encoded / report.encoding_seconds
