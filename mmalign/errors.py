@@ -13,6 +13,7 @@ __all__ = [
     "IndexLockedError",
     "InputError",
     "MMAlignError",
+    "ModelUnavailableError",
     "UnreadableImageError",
 ]
 
@@ -27,6 +28,10 @@ class InputError(MMAlignError, ValueError):
 
 class EncoderUnavailableError(MMAlignError):
     """The encoder is known but its weights or its package are not to be had on this machine."""
+
+
+class ModelUnavailableError(MMAlignError):
+    """A generator or an adapter is named well, but it is not on this machine and cannot be fetched."""
 
 
 class EncoderMismatchError(MMAlignError):

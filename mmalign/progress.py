@@ -14,7 +14,13 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress_bar(
-    description: str, total: int | None = None, *, unit: str = "images", enabled: bool = True, **fields: Any
+    description: str,
+    total: int | None = None,
+    *,
+    unit: str = "images",
+    initial: int = 0,
+    enabled: bool = True,
+    **fields: Any,
 ) -> Iterator[Advance]:
     """Yield `advance(n=1, **fields)`; shows count, rate, time left and the latest value of each field.
 
@@ -22,6 +28,7 @@ def progress_bar(
         description: what is being done, e.g. "indexing".
         total: how many units make the whole; `None` shows count and rate only.
         unit: what is counted, plural.
+        initial: units that are done already.
         enabled: `False` gives a callable that does nothing.
         fields: further named counters shown at the end of the line, e.g. `skipped=0`.
     """
@@ -53,5 +60,5 @@ def progress_bar(
     ]
     columns += [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
     with Progress(*columns, console=Console(file=sys.stderr), speed_estimate_period=60) as bar:
-        task = bar.add_task(description, total=total, **fields)
+        task = bar.add_task(description, total=total, completed=initial, **fields)
         yield lambda n=1, **updates: bar.update(task, advance=n, **updates)

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
-setup_environment cpu,offline,heif,dev
+setup_environment cpu,offline,heif,train,dev
 export HF_HUB_OFFLINE=1 PATH="$VENV/bin:$PATH"
 ruff check .
 ruff format --check .

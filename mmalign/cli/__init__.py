@@ -13,16 +13,19 @@ import typer
 
 from mmalign.errors import MMAlignError
 
+from .data import data_app
+from .generating import generate
 from .indexing import index_app
 from .inspecting import encoders, eval_app, info, verify
 from .options import INTERRUPTED, NO_RESULT, PARTIAL, say
 from .searching import duplicates, search, similar
+from .training import train_app
 
 __all__ = ["INTERRUPTED", "NO_RESULT", "PARTIAL", "main"]
 
 app = typer.Typer(
     name="mmalign",
-    help="Search folders of images in any words, keep them searchable as models change.",
+    help="Search folders of images in any words; draw images, and fine-tune generators with preferences.",
     epilog=(
         "Start with:  mmalign index photos/   then   mmalign search photos/ 'red bicycle in snow'.  "
         "Exit codes: 0 done, 1 error, 2 wrong usage, 3 nothing found, 4 done but some files were skipped."
@@ -37,8 +40,10 @@ app = typer.Typer(
 app.add_typer(
     index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
 )
-for _command in (search, similar, duplicates, info, verify, encoders):
+for _command in (search, similar, duplicates, info, verify, encoders, generate):
     app.command()(_command)
+app.add_typer(train_app, name="train")
+app.add_typer(data_app, name="data", help="Look through training data before anything is trained on them.")
 app.add_typer(eval_app, name="eval", help="Measure an index on your own captions.")
 
 
@@ -70,7 +75,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:  # typer turns Ctrl-C into this
         if stop.code == INTERRUPTED:
-            say("stopped; an index keeps what its last checkpoint holds, run the same command again to go on")
+            say("stopped; what was finished is kept, run the same command again to go on")
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

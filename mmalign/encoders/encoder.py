@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError
+from ..fingerprint import weights_digest
 from ..imaging import ImagePreprocessing, read_image
 from ..progress import progress_bar
 from .hub import quiet_libraries
@@ -209,20 +210,7 @@ class Encoder(ABC):
         preprocessing = self.preprocessing.to_dict() if self.preprocessing else None
         about = {"source": self.source, "preprocessing": preprocessing, "normalise": "l2", **self.describe()}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        # Tensors count by shape and content: libraries rename modules between versions. Single numbers (logit scales,
-        # batch counters) and integer buffers (positions) do not reach the normalised features, or are derived.
-        tensors = (
-            t.detach().cpu().float().contiguous()
-            for t in self.model.state_dict().values()
-            if t.numel() > 1 and t.is_floating_point()
-        )
-        digests = sorted(
-            hashlib.sha256(
-                f"{tuple(t.shape)}".encode() + memoryview(t.reshape(-1).view(torch.uint8).numpy())
-            ).hexdigest()
-            for t in tensors
-        )
-        digest.update("".join(digests).encode())
+        digest.update(weights_digest(self.model).encode())
         return digest.hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

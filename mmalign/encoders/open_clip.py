@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 from .hub import closest, one_line, quiet_libraries, unavailable
-from .probes import token_probe
 
 if TYPE_CHECKING:
     from typing_extensions import Self

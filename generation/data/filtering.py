@@ -1,0 +1,174 @@
+"""Rows left out because a reward finds that the caption does not fit, or the winner not better."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mmalign.encoders.stream import decode_ahead, default_workers
+from mmalign.errors import InputError, UnreadableImageError
+from mmalign.imaging import read_image
+from mmalign.progress import progress_bar
+
+from .rows import Example, Problem, fingerprint_examples
+from .sources import RowSource
+
+if TYPE_CHECKING:
+    from mmalign.encoders import Encoder
+
+    from .memory import CheckMemory
+
+__all__ = ["Score", "encoder_score", "filter_examples"]
+
+# Images `3 height width` in [0, 1], each of its own size, with a caption each; returns a number for each. An attribute
+# `fingerprint` (str), if there is one, says which reward it is, so that scores can be kept between runs.
+Score: TypeAlias = Callable[[list[Tensor], list[str]], Sequence[float]]
+
+_BATCH_IMAGES = 16
+_BATCH_PIXELS = 64_000_000
+
+
+def filter_examples(
+    source: RowSource,
+    examples: Sequence[Example],
+    score: Score,
+    *,
+    min_score: float | None = None,
+    min_margin: float | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+    memory: CheckMemory | None = None,
+) -> tuple[list[Example], list[Problem]]:
+    """Examples whose winner scores at least `min_score`, and at least `min_margin` above the loser; and the others.
+
+    The loser is only scored where `min_margin` is given. NaN reaches no threshold.
+
+    Args:
+        source: where the images are read again.
+        examples: checked rows.
+        score: see `Score`; called without gradients.
+        min_score: in the units of `score`.
+        min_margin: in the units of `score`.
+        workers: decoding threads.
+        progress: show a bar.
+        memory: keeps the scores if `score` has a `fingerprint`.
+
+    Raises:
+        InputError: `score` returns another number of scores than it was given images.
+    """
+    margins = min_margin is not None
+    known = getattr(score, "fingerprint", None)
+    key = hashlib.sha256(f"{known} {margins} {fingerprint_examples(examples)}".encode()).hexdigest()
+    kept = memory.load_scores(key) if memory and known else None
+    scores: list[tuple[float, ...] | UnreadableImageError]
+    if kept is not None and len(kept) == len(examples):
+        scores = [tuple(row) for row in kept]
+    else:
+        with progress_bar("scoring", len(examples), unit="rows", enabled=progress) as advance:
+            scores = []
+            for batch in _score_batches(source, examples, score, margins, workers):
+                scores += batch
+                advance(len(batch))
+        if memory and known:
+            complete = [row for row in scores if isinstance(row, tuple)]
+            if len(complete) == len(scores):
+                memory.save_scores(key, complete)
+
+    left: list[Example] = []
+    problems: list[Problem] = []
+    for example, found in zip(examples, scores, strict=True):
+        flaw = _flaw(found, min_score, min_margin)
+        if flaw:
+            problems.append(Problem(example.row, example.name, *flaw, fatal=True))
+        else:
+            left.append(example)
+    return left, problems
+
+
+class _EncoderScore:
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.fingerprint = f"cosine of encoder {encoder.fingerprint}"
+
+    def __call__(self, images: list[Tensor], captions: list[str]) -> list[float]:
+        cosines = (self._encoder.encode_images(images) * self._encoder.encode_texts(captions)).sum(axis=1)
+        return [float(cosine) for cosine in cosines]
+
+
+def encoder_score(encoder: Encoder) -> Score:
+    """The cosine of image and caption in [-1, 1], by an encoder of both.
+
+    What is a good cosine differs between encoders: look at a few rows of the data before a threshold is chosen.
+
+    Raises:
+        InputError: the encoder takes no images or no texts.
+    """
+    encoder.require("image")
+    encoder.require("text")
+    return _EncoderScore(encoder)
+
+
+def _flaw(
+    found: tuple[float, ...] | UnreadableImageError, min_score: float | None, min_margin: float | None
+) -> tuple[str, str] | None:
+    if isinstance(found, UnreadableImageError):
+        return found.reason, str(found)
+    if min_score is not None and not found[0] >= min_score:
+        return "low_score", f"the winner scores {found[0]:.4g}, less than {min_score:g}"
+    if min_margin is not None and not found[0] - found[1] >= min_margin:
+        margin = found[0] - found[1]
+        return "low_score", f"the winner scores {margin:.4g} above the loser, less than {min_margin:g}"
+    return None
+
+
+def _score_batches(
+    source: RowSource, examples: Sequence[Example], score: Score, margins: bool, workers: int | None
+) -> Iterator[list[tuple[float, ...] | UnreadableImageError]]:
+    """Scores of consecutive examples, the winner's first, in batches bounded by images and by pixels."""
+
+    def load(example: Example) -> tuple[list[UInt8[Tensor, "3 height width"]], None]:
+        images = source.row(example.row).images
+        places = [example.winner, 1 - example.winner] if margins else [example.winner]
+        return [_read(images[place]) for place in places], None
+
+    waiting: list[tuple[Example, list[Tensor] | UnreadableImageError]] = []
+    images = pixels = 0
+    for example, loaded in decode_ahead(examples, load, ahead=4 * (workers or default_workers()), workers=workers):
+        found = loaded if isinstance(loaded, UnreadableImageError) else loaded[0]
+        waiting.append((example, found))
+        if isinstance(found, list):
+            images += len(found)
+            pixels += sum(image[0].numel() for image in found)
+        if images >= _BATCH_IMAGES or pixels >= _BATCH_PIXELS:
+            yield _score(waiting, score)
+            waiting, images, pixels = [], 0, 0
+    if waiting:
+        yield _score(waiting, score)
+
+
+def _read(image: bytes | Path | None) -> UInt8[Tensor, "3 height width"]:
+    if image is None:
+        raise UnreadableImageError("missing", "an image is gone since it was checked")
+    return read_image(image).pixels
+
+
+def _score(
+    rows: list[tuple[Example, list[Tensor] | UnreadableImageError]], score: Score
+) -> list[tuple[float, ...] | UnreadableImageError]:
+    readable = [(example, found) for example, found in rows if isinstance(found, list)]
+    images: list[Float[Tensor, "3 height width"]] = [image.float() / 255 for _, found in readable for image in found]
+    captions = [example.caption for example, found in readable for _ in found]
+    with torch.no_grad():
+        scores = [float(value) for value in score(images, captions)] if images else []
+    if len(scores) != len(images):
+        raise InputError(
+            f"the score returned {len(scores)} numbers for {len(images)} images; it must give one for each"
+        )
+    flat = iter(scores)
+    return [tuple(next(flat) for _ in found) if isinstance(found, list) else found for _, found in rows]

@@ -1,0 +1,93 @@
+"""What a row of training data is: as it lies in its source, once checked, and what was wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Example", "ImageRef", "Problem", "Row", "fingerprint_examples", "unformed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image that was decoded in full. `sha256` is of its encoded bytes, hexadecimal; sizes in pixels, upright."""
+
+    sha256: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row that can be trained on.
+
+    Attributes:
+        row: position in its source; `source.row(example.row)` gives its bytes or paths again.
+        name: for messages, e.g. "train-000.parquet row 17", "metadata.jsonl line 3", "winner/cat.png".
+        caption: text with at least one visible character.
+        images: a pair as it is stored (image 0, image 1), or one image.
+        winner: which of `images` is preferred; 0 for one image.
+        rewards: one finite number an image, where the data have them.
+    """
+
+    row: int
+    name: str
+    caption: str
+    images: tuple[ImageRef, ...]
+    winner: int
+    rewards: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a row, or worth knowing of it.
+
+    `fatal` rows are left out, others are only noted. `message` is one line that does not repeat `name`. `reason` is
+    one of `mmalign.imaging.REASONS` or of those that `generation.data.checking.check_data` lists.
+    """
+
+    row: int
+    name: str
+    reason: str
+    message: str
+    fatal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it lies in its source, unchecked.
+
+    Attributes:
+        index: position in the source, from 0.
+        name: for messages; Parquet rows are counted from 0, lines of a file from 1.
+        caption: whatever was there, `None` and numbers included.
+        images: two of a pair, or one; encoded bytes, a path, or `None` where there is neither.
+        label: of a pair: 1 image 0 is preferred, 0 image 1 is, 0.5 a tie; `None` for one image.
+        rewards: one an image, as found; `None` where the data have none.
+        problem: why the row could not even be formed, such as broken JSON; the other fields are then empty.
+    """
+
+    index: int
+    name: str
+    caption: object
+    images: tuple[bytes | Path | None, ...]
+    label: object
+    rewards: tuple[object, ...] | None
+    problem: Problem | None
+
+
+def unformed(index: int, name: str, reason: str, message: str) -> Row:
+    """A row of which nothing but its problem is known."""
+    return Row(index, name, None, (), None, None, Problem(index, name, reason, message, fatal=True))
+
+
+def fingerprint_examples(examples: Sequence[Example]) -> str:
+    """SHA-256, hexadecimal, of the content of examples in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        content = [example.caption, [image.sha256 for image in example.images], example.winner, example.rewards]
+        digest.update(json.dumps(content).encode() + b"\n")
+    return digest.hexdigest()

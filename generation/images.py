@@ -1,0 +1,104 @@
+"""A drawn image with everything needed to draw it again, and its PNG."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from mmalign.errors import InputError
+
+__all__ = ["GeneratedImage", "read_settings", "saved_or_free"]
+
+_KEY = "mmalign"
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image and what it was made from.
+
+    Attributes:
+        image: RGB.
+        prompt: what was asked for.
+        seed: of its noise.
+        settings: model, adapters, negative_prompt, steps, guidance_scale, width, height, scheduler, dtype and the
+            versions of mmalign, diffusers and torch; only values that JSON has.
+        path: where it was saved, if it was.
+    """
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    settings: dict[str, Any]
+    path: Path | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries prompt, seed and settings (see `read_settings`); whole or not at all.
+
+        Raises:
+            InputError: the name does not end in .png, or the place cannot be written to.
+        """
+        target = Path(path)
+        if target.suffix.lower() != ".png":
+            raise InputError(f"{target} should end in .png, which can carry the settings")
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt(_KEY, json.dumps({"prompt": self.prompt, "seed": self.seed, **self.settings}, ensure_ascii=False))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
+                whole = Path(folder) / target.name  # made with the usual permissions, unlike a temporary file
+                self.image.save(whole, pnginfo=text)
+                whole.replace(target)
+        except OSError as error:
+            raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
+        return target
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Prompt, seed and settings of an image that `GeneratedImage.save` wrote.
+
+    Raises:
+        InputError: the file is missing, no image, or carries no settings.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may follow the pixels
+            text = getattr(image, "text", {}).get(_KEY)
+        return json.loads(text) if text is not None else _refuse(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, UnidentifiedImageError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as an image with settings ({error})") from None
+
+
+def saved_or_free(folder: Path, number: int, prompt: str, seed: int, settings: Mapping[str, Any]) -> tuple[Path, bool]:
+    """The file for an image, and whether it is there already, whole and with equal settings.
+
+    A file of the same name with other settings is someone's picture: the next free name is taken.
+    """
+    words = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    stem = f"{number:04d}-{seed}-{words[:40].strip('-') or 'blank'}"
+    wanted = {"prompt": prompt, "seed": seed, **settings}
+    copy = 1
+    while True:
+        path = folder / (f"{stem}.png" if copy == 1 else f"{stem}-{copy}.png")
+        if not os.path.lexists(path):
+            return path, False
+        try:
+            if read_settings(path) == wanted:
+                return path, True
+        except InputError:
+            pass
+        copy += 1
+
+
+def _refuse(path: str | Path) -> dict[str, Any]:
+    raise InputError(f"{path} carries no settings; only images saved by mmalign do")

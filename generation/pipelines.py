@@ -1,0 +1,317 @@
+"""Text-to-image pipelines of diffusers, by hub id, folder, single file, or tiny."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.device import resolve_device, resolve_dtype
+from mmalign.errors import InputError, ModelUnavailableError
+
+from .tiny import TINY_FAMILIES, tiny_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+__all__ = ["DEFAULT_MODEL", "FAMILIES", "load_pipeline", "pipeline_family", "quiet_diffusers", "unavailable"]
+
+DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+FAMILIES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+}
+# What diffusers calls the layout of a single file -> family.
+_LAYOUTS = {
+    "xl_base": "sdxl",
+    "playground-v2-5": "sdxl",
+    "v1": "sd15",
+    "v2": "sd15",
+    "sd3": "sd3",
+    "sd35_medium": "sd3",
+    "sd35_large": "sd3",
+    "flux-dev": "flux",
+    "flux-schnell": "flux",
+}
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+_SINGLE_FILES = {".safetensors", *_PICKLES}
+
+
+def load_pipeline(
+    model: str | Path | DiffusionPipeline = DEFAULT_MODEL,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    vae: str | Path | None = None,
+    variant: str | None = None,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline of a supported family (see `pipeline_family`), ready to use on `device`.
+
+    In float16 SDXL's own VAE overflows to black images. It is therefore marked so that the pipeline decodes with it in
+    float32, whatever its configuration says; a VAE named with `vae` is used as its own configuration says.
+
+    Args:
+        model: a hub id, a folder written by `save_pretrained`, a single .safetensors or .ckpt file in the layout that
+            ComfyUI and others use, `tiny:sdxl` (or sd15, sd3, flux; see `generation.tiny`), or a pipeline, which is
+            returned as it is.
+        device: the fastest kind present by default.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a CUDA device that computes in it, float16 on an older
+            one, float32 elsewhere.
+        vae: another VAE: a hub id, its folder, a pipeline's folder that has one, or a single file.
+        variant: which of several sets of weights in a folder or on the hub, such as "fp16".
+
+    Raises:
+        InputError: the model is of no supported family, damaged or not a pipeline; or a pipeline was given together
+            with a device, dtype, VAE or variant.
+        ModelUnavailableError: it is not on this machine and cannot be fetched.
+    """
+    if not isinstance(model, (str, Path)):
+        pipeline_family(model)
+        if device is not None or dtype != "auto" or vae is not None or variant is not None:
+            raise InputError(
+                "a pipeline that is already loaded is used as it is; leave out device, dtype, vae and variant, "
+                "or move it with pipeline.to(...)"
+            )
+        return model
+    target = resolve_device(device)
+    precision = _fitting_dtype(target) if dtype == "auto" else resolve_dtype(dtype)
+    with quiet_diffusers():
+        parts = {} if vae is None else {"vae": _load_vae(vae, precision)}
+        pipeline = _load(model, precision, variant, parts)
+        if precision == torch.float16 and vae is None and pipeline_family(pipeline) == "sdxl":
+            pipeline.vae.register_to_config(force_upcast=True)
+        return pipeline.to(target)
+
+
+def pipeline_family(pipeline: DiffusionPipeline) -> str:
+    """sdxl, sd15 (all of Stable Diffusion 1 and 2), sd3 (with 3.5) or flux.
+
+    Raises:
+        InputError: it is another kind of pipeline, also one of these families that wants more than text.
+    """
+    name = type(pipeline).__name__
+    for family, known in FAMILIES.items():
+        if any(base.__name__ == known for base in type(pipeline).__mro__):
+            return family
+    raise InputError(f"{name} is not supported; give a text-to-image pipeline: one of {', '.join(FAMILIES.values())}")
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers and transformers from printing bars, warnings and failures that an exception says better."""
+    from diffusers.utils import logging
+
+    from mmalign.encoders.hub import quiet_libraries
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet_libraries(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def unavailable(what: str, error: BaseException, ways_out: str) -> InputError | ModelUnavailableError:
+    """The error for something on the hub that could not be had, in one line."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from mmalign.encoders.hub import one_line
+
+    if isinstance(error, GatedRepoError):
+        return ModelUnavailableError(
+            f"{what} is behind terms of use; accept them on its page at huggingface.co and run `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(f"{what} does not exist on the hub, or is private; check the name, or run `hf auth login`")
+    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else one_line(error)
+    return ModelUnavailableError(
+        f"{what} is not on this machine and could not be fetched ({why}); connect once and run again, "
+        f"copy a filled HF_HOME here, or {ways_out}"
+    )
+
+
+def _fitting_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _load(model: str | Path, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
+    name, path = str(model), Path(model)
+    if isinstance(model, str) and name.startswith("tiny:"):
+        pipeline = tiny_pipeline(name.removeprefix("tiny:"))
+        pipeline.register_modules(**parts)
+        return pipeline.to(dtype)
+    if path.is_dir():
+        return _load_folder(path, dtype, variant, parts)
+    if path.is_file():
+        return _load_file(path, dtype, parts)
+    if path.suffix in _SINGLE_FILES or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise InputError(f"model {name!r} does not exist; give a pipeline's folder, a .safetensors file, or a hub id")
+    if "/" not in name:
+        raise InputError(
+            f"model {name!r} is neither a folder nor a file nor a hub id such as {DEFAULT_MODEL!r}; "
+            f"to try things out there is {', '.join(f'tiny:{family}' for family in TINY_FAMILIES)}"
+        )
+    return _load_hub(name, dtype, variant, parts)
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    from mmalign.encoders.hub import one_line
+
+    try:
+        layout = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        adapter = (folder / "pytorch_lora_weights.safetensors").is_file() or (folder / "adapter_config.json").is_file()
+        remedy = "it is an adapter: give it as adapter" if adapter else "give a folder written by save_pretrained"
+        raise InputError(f"{folder} has no model_index.json, so it is not a pipeline; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'model_index.json'} cannot be read ({one_line(error)}); save it again") from None
+    if layout.get("_class_name") not in FAMILIES.values():
+        raise InputError(
+            f"{folder} holds a {layout.get('_class_name')}, which is not supported; give one of "
+            f"{', '.join(FAMILIES.values())}"
+        )
+    wanted = [name for name, kind in layout.items() if isinstance(kind, list) and kind[0] and name not in parts]
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(f'{name}/' for name in missing)}; copy the whole pipeline again")
+    try:
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **parts)
+    except Exception as error:
+        raise InputError(_variant_hint(f"pipeline {folder}", error, variant)) from None
+
+
+def _load_hub(name: str, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, **parts)
+    except Exception as error:
+        if variant is not None and f"variant={variant}" in str(error):
+            raise InputError(_variant_hint(f"model {name!r}", error, variant)) from None
+        ways_out = "give a pipeline's folder or file (`tiny:sdxl` works offline, to try things out)"
+        raise unavailable(f"model {name!r}", error, ways_out) from None
+    pipeline_family(pipeline)
+    return pipeline
+
+
+def _variant_hint(what: str, error: BaseException, variant: str | None) -> str:
+    from mmalign.encoders.hub import one_line
+
+    if variant is not None and f"variant={variant}" in str(error):
+        return f"{what} has no weights of variant {variant!r}; leave the variant out"
+    return f"{what} cannot be loaded ({one_line(error)}); copy or save it again"
+
+
+def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> DiffusionPipeline:
+    """A whole pipeline in one file; its configuration and tokenizers come from the hub's cache.
+
+    Pickles are read by diffusers with `weights_only`, so that nothing in them runs.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+
+    from mmalign.encoders.hub import one_line
+
+    layout = _single_file_layout(path)
+    try:
+        return getattr(diffusers, FAMILIES[_LAYOUTS[layout]]).from_single_file(str(path), dtype=dtype, **parts)
+    except Exception as error:
+        if _is_about_the_hub(error):
+            repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout]["pretrained_model_name_or_path"]
+            what = f"the configuration of {path.name}, a few small files of {repository!r},"
+            raise unavailable(what, error, "give a pipeline's folder") from None
+        raise InputError(
+            f"model {path} cannot be loaded ({one_line(error)}); give a file that holds the whole pipeline, or a folder"
+        ) from None
+
+
+def _single_file_layout(path: Path) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    shapes = _tensor_shapes(path)
+    if any("lora_" in key or ".lora" in key for key in shapes):
+        raise InputError(f"{path} is an adapter, not a model; give it as adapter and its base as model")
+    layout = infer_diffusers_model_type(shapes)
+    # diffusers takes everything that it does not know for Stable Diffusion 1.
+    if layout == "v1" and "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
+        raise InputError(
+            f"{path} is not SDXL, SD 1 to 3.5 or FLUX in one file (it begins with "
+            f"{min(shapes, default='nothing')!r}); a part of a pipeline is loaded by the folder with model_index.json"
+        )
+    if layout not in _LAYOUTS:
+        raise InputError(f"{path} is of kind {layout}, which is not supported; give SDXL, SD 1 to 3.5 or FLUX")
+    return layout
+
+
+def _tensor_shapes(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, without their data."""
+    from diffusers.models.model_loading_utils import load_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    from mmalign.encoders.hub import one_line
+
+    if path.suffix in _PICKLES:
+        try:
+            state = load_state_dict(str(path), map_location="meta")
+            while "state_dict" in state:
+                state = state["state_dict"]
+        except Exception:
+            raise InputError(
+                f"{path} is damaged, or holds more than weights and could run code when read; "
+                "convert it to .safetensors, or take the model's .safetensors file"
+            ) from None
+        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"model {path} is a {path.suffix or 'nameless'} file; give a .safetensors or .ckpt file, or a folder"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({one_line(error)}); download or copy it again") from None
+
+
+def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    from mmalign.encoders.hub import one_line
+
+    path = Path(vae)
+    try:
+        if path.is_file():
+            return AutoencoderKL.from_single_file(str(path), dtype=dtype)
+        subfolder = {"subfolder": "vae"} if (path / "vae").is_dir() else {}
+        return AutoencoderKL.from_pretrained(str(vae), dtype=dtype, **subfolder)
+    except Exception as error:
+        if path.exists() and not _is_about_the_hub(error):
+            raise InputError(f"VAE {path} cannot be loaded ({one_line(error)}); give an AutoencoderKL") from None
+        raise unavailable(f"VAE {str(vae)!r}", error, "give a folder or file") from None
+
+
+def _is_about_the_hub(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    kinds = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    while error is not None:
+        if isinstance(error, kinds) or "huggingface.co" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

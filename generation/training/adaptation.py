@@ -1,0 +1,134 @@
+"""What of a denoiser is trained, and how that is saved, restored, averaged and handed out: a LoRA, or everything."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..export import DIFFUSERS_FILE, export_lora
+from ..lora import add_lora, load_lora_state, lora_disabled
+from .configuration import TrainingConfig
+
+__all__ = ["FullAdaptation", "LoraAdaptation", "adapt"]
+
+
+class LoraAdaptation:
+    """Float32 adapters on a frozen network; the reference is the same network with the adapters off."""
+
+    def __init__(self, network: nn.Module, config: TrainingConfig, family: str) -> None:
+        self.network, self._family = network, family
+        self.parameters = add_lora(
+            network,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=config.targets,
+            dropout=config.lora_dropout,
+            dora=config.dora,
+            rslora=config.rslora,
+            seed=config.seed,
+        )
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The network as it was before training."""
+        with torch.no_grad(), lora_disabled(self.network):
+            yield self.network
+
+    def save(self, folder: Path) -> None:
+        """As a file that `load_lora_weights` reads, so that every checkpoint can be tried out."""
+        export_lora(self.network, folder, family=self._family, formats=("diffusers",))
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, bit for bit."""
+        state = load_file(folder / DIFFUSERS_FILE)
+        load_lora_state(self.network, {key.partition(".")[2]: value for key, value in state.items()})
+
+    def export(self, folder: Path, name: str, notes: dict[str, str]) -> list[Path]:
+        """diffusers and kohya files."""
+        return list(export_lora(self.network, folder, name=name, family=self._family, metadata=notes).values())
+
+
+class FullAdaptation:
+    """All weights in float32; the reference, where a method needs one, is a frozen copy in half precision."""
+
+    def __init__(self, network: nn.Module, config: TrainingConfig, *, reference: bool) -> None:
+        self.network = network
+        self._copy: nn.Module | None = None
+        if reference:
+            half = torch.bfloat16 if config.precision in ("auto", "bfloat16") else torch.float16
+            on_gpu = next(network.parameters()).device.type == "cuda"
+            self._copy = copy.deepcopy(network).to(half if on_gpu else torch.float32).requires_grad_(False).eval()
+        network.requires_grad_(True)
+        self.parameters = list(network.parameters())
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The network as it was before training."""
+        assert self._copy is not None, "this method declared no need of a reference"
+        with torch.no_grad():
+            yield self._copy
+
+    def save(self, folder: Path) -> None:
+        """All weights, float32."""
+        save_file(self._state(), folder / "network.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, bit for bit."""
+        self.network.load_state_dict(load_file(folder / "network.safetensors"))
+
+    def export(self, folder: Path, name: str, notes: dict[str, str]) -> list[Path]:
+        """A folder `unet` in diffusers' layout, for `UNet2DConditionModel.from_pretrained`."""
+        target = folder / "unet"
+        self.network.save_pretrained(target)  # type: ignore[operator]
+        return [target]
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+
+
+def adapt(
+    network: nn.Module, config: TrainingConfig, family: str, *, reference: bool
+) -> LoraAdaptation | FullAdaptation:
+    """Make what the settings name trainable."""
+    if config.adaptation == "lora":
+        return LoraAdaptation(network, config, family)
+    return FullAdaptation(network, config, reference=reference)
+
+
+class MovingAverage:
+    """Exponential moving average of the trained weights (diffusers' EMAModel), usable in their place for a while."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self._parameters, self._ema = parameters, EMAModel(parameters, decay=decay)
+
+    def step(self) -> None:
+        """After each optimiser step."""
+        self._ema.step(self._parameters)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averaged weights in the network."""
+        self._ema.store(self._parameters)
+        self._ema.copy_to(self._parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self._ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self._ema.load_state_dict(state)
+        self._ema.to(device=self._parameters[0].device)

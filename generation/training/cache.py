@@ -1,0 +1,87 @@
+"""Tensors on disk under the hash of everything that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmalign.errors import InputError
+
+__all__ = ["TensorStore", "content_key"]
+
+
+def content_key(**parts: object) -> str:
+    """SHA-256 over named values: what is not named here must not change the tensor."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class TensorStore:
+    """One safetensors file per key, in 256 folders; a file is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the file is there and as long as its header says: a power cut can leave it short."""
+        try:
+            with self._path(key).open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+                ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+                return os.fstat(file.fileno()).st_size == 8 + length + max(ends)
+        except (OSError, struct.error, ValueError, KeyError, MemoryError, OverflowError):
+            return False
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """Raises InputError when the file is gone or damaged."""
+        try:
+            return load_file(self._path(key))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cache file {str(self._path(key))!r} cannot be read ({' '.join(str(error).split())[:120]}); "
+                "run the same command again, it is then made anew"
+            ) from None
+
+    def write(self, key: str, tensors: dict[str, Tensor], dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+        """Store as `dtype` and return what a later `read` will.
+
+        Raises:
+            InputError: a value is not finite in `dtype` (`name` says whose), or the disk is full.
+        """
+        rounded = self.rounded(tensors, dtype, name)
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(rounded, temporary)
+            Path(temporary).replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write the cache {str(self.folder)!r}: {error.strerror or error}") from None
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return rounded
+
+    @staticmethod
+    def rounded(tensors: dict[str, Tensor], dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+        """The tensors as `dtype`; raises InputError naming `name` where one is not finite."""
+        rounded = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
+        for key, value in rounded.items():
+            if not torch.isfinite(value).all():
+                raise InputError(
+                    f"{name}: {key} is not finite in {str(dtype).removeprefix('torch.')}; a float16 VAE overflows "
+                    "(give `vae`, or precision bfloat16), and cache_dtype float32 holds larger values"
+                )
+        return rounded
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"

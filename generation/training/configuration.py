@@ -1,0 +1,209 @@
+"""Settings of a run: dataclasses that check themselves, read YAML, make the command line and echo all they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mmalign.errors import InputError
+
+from .presets import PRESETS
+
+__all__ = ["STRICT", "TrainingConfig", "differences", "dry_run_of", "load_config", "setting", "to_dict", "write_config"]
+
+STRICT = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+
+Config = TypeVar("Config", bound="TrainingConfig")
+
+
+def setting(default: Any, text: str, *, fixed: bool = True, **limits: Any) -> Any:
+    """A field with its help text and limits (pydantic's: ge, gt, le, lt, min_length).
+
+    `fixed` ones cannot change when a run is resumed.
+    """
+    about: dict[str, Any] = {"description": text, "json_schema_extra": {"fixed": fixed}, **limits}
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), **about)
+    return Field(default=default, **about)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainingConfig:
+    """What every trainer needs. A method's own config derives from this and adds its hyperparameters."""
+
+    method: ClassVar[str] = ""
+
+    data: str = setting(
+        "", "Training data: Parquet file or folder, folder with metadata.jsonl or winner/ and loser/, datasets:NAME."
+    )
+    output: Path = setting(Path(), "Run folder: settings, checkpoints, samples, the finished LoRA.", fixed=False)
+    model: str = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0", "Pipeline to train: hub id, folder, single file, or tiny:sdxl."
+    )
+    vae: str | None = setting(None, "Another VAE: hub id or folder.")
+    variant: str | None = setting(None, "Weight variant of the hub repository, e.g. fp16.")
+    preset: str | None = setting(None, f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.")
+    dry_run: bool = setting(
+        False, "Try everything with a tiny model of the same family and 4 steps, in OUTPUT/dry-run.", fixed=False
+    )
+
+    split: str | None = setting(None, "Split of a datasets: set. (default: train)")
+    bad_rows: Literal["skip", "refuse"] = setting("skip", "What to do when rows cannot be used.", fixed=False)
+    max_pixels: int = setting(50_000_000, "Leave out images of more pixels.", ge=1)
+    resolution: int = setting(1024, "Side of the training canvas in pixels; with buckets the side of its area.", ge=64)
+    aspect_buckets: bool = setting(False, "Canvases of several aspect ratios instead of one square; a pair shares one.")
+    random_flip: bool = setting(False, "Mirror half of the samples (both images of a pair); doubles the cache.")
+    caption_dropout: float = setting(0.0, "Share of samples trained on the unconditional embedding.", ge=0, le=1)
+    cache: bool = setting(True, "Encode images and captions once, before training, and free the encoders.", fixed=False)
+    cache_dir: Path | None = setting(
+        None, "Where latents and embeddings are kept, for all runs. (default: cache/ beside OUTPUT)", fixed=False
+    )
+    cache_dtype: Literal["float16", "float32"] = setting("float16", "Precision of cached latents and embeddings.")
+    workers: int | None = setting(None, "Threads that decode and load. (default: one a core)", fixed=False, ge=1)
+
+    adaptation: Literal["lora", "full"] = setting("lora", "Train a LoRA, or all weights of the denoiser.")
+    rank: int = setting(64, "LoRA rank.", ge=1)
+    alpha: float | None = setting(
+        None, "LoRA alpha; another value than the rank is misread by some tools. (default: rank)"
+    )
+    targets: list[str] = setting(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get a LoRA.", min_length=1)
+    lora_dropout: float = setting(0.0, "Dropout before the LoRA.", ge=0, lt=1)
+    dora: bool = setting(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
+    rslora: bool = setting(False, "Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
+
+    steps: int = setting(2000, "Optimiser steps.", fixed=False, ge=1)
+    batch_size: int = setting(4, "Samples (pairs, for a method over pairs) per forward pass and GPU.", ge=1)
+    accumulation: int = setting(4, "Forward passes per optimiser step.", ge=1)
+    learning_rate: float = setting(1e-5, "Peak learning rate.", gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "What follows the warm-up.")
+    warmup_steps: int = setting(0, "Optimiser steps of linear warm-up.", ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes.")
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "Decay of Adam's two moments.")
+    weight_decay: float = setting(1e-2, "AdamW's weight decay.", ge=0)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", gt=0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
+    ema_decay: float | None = setting(
+        None, "Also keep a moving average of the trained weights, and export that.", gt=0, lt=1
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Of the frozen weights and the forward pass; adapters are float32 always. (auto: bfloat16 on a GPU)"
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, 1.46 x the arithmetic.")
+    seed: int = setting(0, "Names the whole run: order, noise, timesteps, LoRA initialisation.", ge=0)
+    device: str | None = setting(None, "cpu, cuda, cuda:1, mps. (default: the fastest present)", fixed=False)
+
+    checkpoint_every: int = setting(500, "Steps between checkpoints.", fixed=False, ge=1)
+    keep_checkpoints: int = setting(3, "How many of the newest to keep.", fixed=False, ge=1)
+    probe_every: int = setting(50, "Steps between two looks at the fixed probe samples.", fixed=False, ge=1)
+    probe_size: int = setting(16, "Samples in the probe; 0 for none.", ge=0)
+    validation_prompts: list[str] = setting([], "Prompts to render while training.", fixed=False)
+    validate_every: int = setting(250, "Steps between renderings.", fixed=False, ge=1)
+    validation_steps: int = setting(25, "Denoising steps of a rendering.", fixed=False, ge=1)
+    validation_guidance: float = setting(5.0, "Guidance scale of a rendering.", fixed=False, ge=0)
+    tensorboard: bool = setting(False, "Log to OUTPUT/tensorboard.", fixed=False)
+    wandb: str | None = setting(None, "Log to this Weights & Biases project.", fixed=False)
+    progress: bool = setting(True, "Show a progress bar.", fixed=False)
+
+
+def load_config(kind: type[Config], given: Mapping[str, Any], file: str | os.PathLike[str] | None = None) -> Config:
+    """Settings from, in rising order: defaults, the preset, a YAML file, `given`.
+
+    Raises:
+        InputError: the file is not to be read, a key is unknown, or a value does not fit; all named in one line.
+    """
+    written = _read_yaml(Path(file)) if file else {}
+    chosen = {**written, **given}
+    preset = chosen.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    base = PRESETS[preset].settings(chosen) if preset is not None else {}
+    merged = {**base, **chosen}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in merged:
+        if name not in known:
+            likely = difflib.get_close_matches(str(name), known, n=2)
+            asked = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            where = f" in {str(file)!r}" if name in written else ""
+            raise InputError(f"{name!r}{where} is not a setting of {kind.method or kind.__name__}{asked}")
+    try:
+        return kind(**merged)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(entry) for entry in error.errors())) from None
+
+
+def dry_run_of(config: Config) -> Config:
+    """The same run in small: a tiny model of the same kind of pipeline, 64 px, 4 steps, in OUTPUT/dry-run."""
+    family = "sd15" if "v1-5" in config.model or config.model.endswith("sd15") else "sdxl"
+    return dataclasses.replace(
+        config,
+        model=f"tiny:{family}",
+        vae=None,
+        variant=None,
+        output=config.output / "dry-run",
+        cache_dir=config.output / "dry-run" / "cache",
+        resolution=64,
+        steps=4,
+        batch_size=min(config.batch_size, 2),
+        accumulation=min(config.accumulation, 2),
+        rank=min(config.rank, 4),
+        checkpoint_every=2,
+        probe_every=2,
+        probe_size=min(config.probe_size, 4),
+        validate_every=4,
+        validation_steps=2,
+        wandb=None,
+    )
+
+
+def to_dict(config: TrainingConfig) -> dict[str, Any]:
+    """Every setting as plain values, in the order of definition."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain[field.name] = (
+            str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        )
+    return plain
+
+
+def write_config(config: TrainingConfig, path: Path) -> None:
+    """All values as YAML that `load_config` reads."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def differences(config: TrainingConfig, saved: Mapping[str, Any]) -> list[str]:
+    """Settings that a resumed run must not change but would: "rank 64 -> 32"."""
+    fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
+    fixed = {name for name, about in fields.items() if about.json_schema_extra["fixed"]}
+    if config.lr_schedule != "constant":
+        fixed.add("steps")  # the schedule is a function of the total
+    changed = {n: (saved[n], v) for n, v in to_dict(config).items() if n in fixed and n in saved and saved[n] != v}
+    return [f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items()]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config {str(path)!r} cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {str(path)!r} is not valid YAML ({' '.join(str(error).split())[:160]})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"config {str(path)!r} must hold `name: value` lines, not {type(content).__name__}")
+    return content
+
+
+def _explain(entry: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in entry["loc"]) or "settings"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    return f"{name} is {entry['input']!r}: {message[:1].lower()}{message[1:]}"

@@ -1,0 +1,164 @@
+"""A run's folder: settings, checkpoints that are there whole or not at all, and a log that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mmalign.errors import InputError
+
+from .configuration import TrainingConfig, differences, write_config
+
+__all__ = ["Checkpoint", "RunFolder"]
+
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+class Checkpoint:
+    """One finished checkpoint folder."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer wrote about itself."""
+        return json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/step-000500/`, `samples/`; one process group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder.
+
+        Raises:
+            InputError: another process trains here, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process is training in {str(self.path)!r}; choose another output") from None
+        except OSError as error:
+            raise InputError(
+                f"{str(self.path)!r} cannot be written to ({error.strerror}); choose another output"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def open(self, config: TrainingConfig) -> Checkpoint | None:
+        """Settle what an interrupted run left, check that `config` continues it, and echo it to `config.yaml`.
+
+        Returns:
+            The newest checkpoint, or `None` in a new folder.
+
+        Raises:
+            InputError: the folder's run has other settings; each is named.
+        """
+        for leftover in (self.path / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        checkpoints = self.checkpoints()
+        echo = self.path / "config.yaml"
+        if checkpoints and echo.is_file():
+            changed = differences(config, yaml.safe_load(echo.read_text(encoding="utf-8")) or {})
+            if changed:
+                raise InputError(
+                    f"{str(self.path)!r} holds a run with other settings ({'; '.join(changed)}); "
+                    "give those again to resume it, or choose another output"
+                )
+        temporary = self.path / ".config.yaml.tmp"
+        write_config(config, temporary)
+        temporary.replace(echo)
+        newest = checkpoints[-1] if checkpoints else None
+        self._cut_metrics(newest.step if newest else 0)
+        return newest
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Finished ones, oldest first."""
+        found = []
+        for path in (self.path / "checkpoints").glob("step-*"):
+            match = _CHECKPOINT.fullmatch(path.name)
+            if match and (path / "trainer.json").is_file():
+                found.append(Checkpoint(path, int(match[1])))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Checkpoint:
+        """Let `write` fill a hidden folder, make it durable, give it its name, and only then drop the oldest.
+
+        Raises:
+            InputError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        root = self.path / "checkpoints"
+        target = root / f"step-{step:06d}"
+        try:
+            root.mkdir(exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(dir=root, prefix=f".step-{step:06d}-"))
+            try:
+                write(fresh)
+                fresh.chmod(0o755)
+                _sync(fresh)
+                if target.exists():
+                    shutil.rmtree(target)
+                fresh.replace(target)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+        except OSError as error:
+            raise InputError(
+                f"the checkpoint of step {step} could not be written to {str(root)!r} ({error.strerror or error}); "
+                "make room and run the same command again, it goes on from the one before"
+            ) from None
+        for old in self.checkpoints()[:-keep]:
+            # Renamed first: a kill while files vanish must not leave half a checkpoint under a valid name.
+            doomed = root / f".{old.path.name}-old"
+            old.path.replace(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return Checkpoint(target, step)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        """Forget lines after the step that is resumed from: they will be written again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+                continue
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.metrics)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir() and os.name == "nt":
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

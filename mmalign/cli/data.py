@@ -1,0 +1,160 @@
+"""`mmalign data`: training data looked through before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmalign.errors import InputError
+
+from .options import PARTIAL, Device, say
+
+if TYPE_CHECKING:
+    from generation.data import CheckedData, Problem
+
+__all__ = ["data_app"]
+
+_SHOWN = 20
+
+data_app = typer.Typer(no_args_is_help=True)
+
+
+class _Kind(str, Enum):
+    pairs = "pairs"
+    images = "images"
+
+
+@data_app.callback()
+def _data() -> None:
+    pass
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Parquet files, a folder with metadata.jsonl, a folder with winner/ and loser/, or datasets:NAME.",
+            show_default=False,
+        ),
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Of datasets:NAME (default: train), or of a folder of Parquet files.")
+    ] = None,
+    kind: Annotated[_Kind, typer.Option(help="Preference pairs, or single captioned images.")] = _Kind.pairs,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Leave out larger images, without decoding them.")
+    ] = 50_000_000,
+    min_side: Annotated[int, typer.Option(min=1, help="Leave out images with a shorter side, in pixels.")] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. (default: one a core)")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write all problems here, one JSON object a line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if any row is left out.")] = False,
+    filter_encoder: Annotated[
+        str | None, typer.Option(help="Score rows by the cosine of caption and image in this encoder (a spec).")
+    ] = None,
+    min_score: Annotated[float | None, typer.Option(help="Leave out rows whose winner scores less.")] = None,
+    min_margin: Annotated[
+        float | None, typer.Option(help="Leave out pairs whose winner scores less than this above the loser.")
+    ] = None,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Decode every image, look at every caption and label, and list by name what cannot be trained on.
+
+    Exit codes: 0 all rows are usable, 4 some are left out, 1 none is usable, or some are left out and --strict.
+    """
+    from generation.data import check_data, encoder_score
+
+    score = None
+    if filter_encoder is not None:
+        from mmalign.encoders import load_encoder
+
+        score = encoder_score(load_encoder(filter_encoder, device=device))
+    checked = check_data(
+        data,
+        split=split,
+        kind=kind.value,
+        max_pixels=max_pixels,
+        min_side=min_side,
+        workers=workers,
+        progress=not quiet,
+        score=score,
+        min_score=min_score,
+        min_margin=min_margin,
+        allow_empty=True,
+    )
+    if report is not None:
+        from generation.data.memory import write_json_lines
+
+        write_json_lines(report, map(asdict, checked.problems))
+    summary = _summary(checked)
+    if as_json:
+        print(json.dumps({**summary, "problems": [asdict(problem) for problem in _first_of_each(checked.problems)]}))
+    else:
+        _print(summary, checked.problems, report)
+    if not checked.examples:
+        raise InputError(f"no row of {checked.source.name!r} can be used; mend the rows listed, or give other data")
+    if checked.left_out:
+        if strict:
+            say(f"error: {checked.left_out:,} rows cannot be used, and --strict is set")
+            raise typer.Exit(1)
+        raise typer.Exit(PARTIAL)
+
+
+def _summary(checked: CheckedData) -> dict[str, Any]:
+    winners = Counter(example.images[example.winner] for example in checked.examples)
+    sizes: Counter[str] = Counter()
+    for image, count in winners.items():
+        sizes[f"{image.width}x{image.height}"] += count
+    return {
+        "source": checked.source.name,
+        "rows": len(checked.source),
+        "usable": len(checked.examples),
+        "left_out": checked.left_out,
+        "captions": len({example.caption for example in checked.examples}),
+        "images": len({image.sha256 for example in checked.examples for image in example.images}),
+        "sizes": dict(sizes.most_common()),
+        "reasons": checked.reasons(fatal=True),
+        "notes": checked.reasons(fatal=False),
+        "fingerprint": checked.fingerprint,
+    }
+
+
+def _print(summary: dict[str, Any], problems: list[Problem], report: Path | None) -> None:
+    sizes = [f"{size} ({count:,})" for size, count in summary["sizes"].items()]
+    lines = {
+        "source": summary["source"],
+        "rows": f"{summary['rows']:,}: {summary['usable']:,} usable, {summary['left_out']:,} left out",
+        "captions": f"{summary['captions']:,} distinct",
+        "images": f"{summary['images']:,} distinct",
+        "sizes": ", ".join(sizes[:8]) + (f", and {len(sizes) - 8:,} more" if len(sizes) > 8 else "") or "-",
+        "left out": ", ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items()) or "-",
+        "notes": ", ".join(f"{count:,} {reason}" for reason, count in summary["notes"].items()) or "-",
+        "fingerprint": summary["fingerprint"][:12],
+    }
+    for name, text in lines.items():
+        print(f"{name:<11} {text}")
+    shown = _first_of_each(problems)
+    for problem in shown:
+        print(f"{'left out' if problem.fatal else 'note'} ({problem.reason}): {problem.name}: {problem.message}")
+    if len(shown) < len(problems):
+        where = f"all are in {report}" if report else "--report FILE.jsonl writes them all"
+        print(f"... and {len(problems) - len(shown):,} more; {where}")
+
+
+def _first_of_each(problems: list[Problem]) -> list[Problem]:
+    """The first few of each reason: what leaves rows out before notes."""
+    seen: Counter[str] = Counter()
+    shown = []
+    for problem in sorted(problems, key=lambda problem: not problem.fatal):
+        seen[problem.reason] += 1
+        if seen[problem.reason] <= _SHOWN:
+            shown.append(problem)
+    return shown

@@ -1,0 +1,120 @@
+"""`mmalign generate`: prompts to images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmalign.errors import InputError
+
+from .options import Device, print_paths, say
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.", show_default=False)] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="More prompts, one a line; empty lines are left out.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A hub id, a pipeline's folder, a .safetensors file, or tiny:sdxl (random weights, to try things "
+            "out). (default: stabilityai/stable-diffusion-xl-base-1.0)",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="A LoRA: file, folder or hub id; may repeat.")
+    ] = None,
+    adapter_weight: Annotated[
+        list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What to move away from.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: drawn)")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="Images of each prompt.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images drawn together. (default: 4)")] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("generated"),
+    grid: Annotated[Path | None, typer.Option(help="Also draw all images into this picture (.png, .jpg).")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="Draw nothing: print what this saved image was made from, as JSON.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Draw images of prompts; each is saved with everything needed to draw it again.
+
+    The paths of the images are printed, one a line. What is already there with equal settings is not drawn again, so
+    with --seed a stopped run goes on when it is started again.
+
+    [bold]mmalign generate "a red bicycle in snow" --adapter runs/mapo/export -k 4 --seed 7[/bold]
+    [bold]mmalign generate --prompts-file prompts.txt --out pictures/ --grid all.png[/bold]
+    """
+    if settings is not None:
+        from generation import read_settings
+
+        print(json.dumps(read_settings(settings), indent=2, ensure_ascii=False))
+        return
+    texts = [*(prompts or []), *(_lines(prompts_file) if prompts_file is not None else [])]
+    if not texts:
+        raise InputError('there is no prompt; give one: mmalign generate "a red bicycle in snow", or --prompts-file')
+    from generation import generate_each
+    from generation.pipelines import DEFAULT_MODEL
+
+    weights = adapter_weight or [1.0]
+    images = generate_each(
+        texts,
+        model=model or DEFAULT_MODEL,
+        adapter=adapter,
+        adapter_weight=weights[0] if len(weights) == 1 else weights,
+        negative_prompt=negative,
+        seed=seed,
+        images_per_prompt=count,
+        steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        out=out,
+        progress=not quiet,
+    )
+    drawn = []
+    for image in images:
+        if image.path is not None:
+            print_paths([image.path], "\n")
+            drawn.append((image.prompt, image.seed, image.path))
+    if grid is not None:
+        _draw_grid(drawn, count, grid)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"prompts file {file} cannot be read ({reason})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _draw_grid(drawn: list[tuple[str, int, Path]], count: int, grid: Path) -> None:
+    from mmalign.imaging.contact_sheet import draw_contact_sheet
+
+    rows = []
+    for start in range(0, len(drawn), count):
+        of_prompt = drawn[start : start + count]
+        rows.append((of_prompt[0][0], [(path, f"seed {seed}") for _, seed, path in of_prompt]))
+    say(f"picture: {draw_contact_sheet(rows, grid)}")

@@ -1,0 +1,157 @@
+"""`mmalign train METHOD`: one command per method, its options made from the method's config."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+from .options import PARTIAL, say
+
+if TYPE_CHECKING:
+    from generation.training.trainer import Trainer
+
+__all__ = ["train_app"]
+
+_HELP = {
+    "mapo": "MaPO: preference pairs, no reference model (arXiv 2406.06424).",
+    "diffusion-dpo": "Diffusion-DPO: preference pairs against a frozen reference (arXiv 2311.12908).",
+    "rwl": "Reward-weighted likelihood: scored images (arXiv 2302.12192).",
+    "sft": "Plain fine-tuning on preferred or captioned images.",
+}
+
+
+# The field that begins a group of settings, and the group's heading.
+_PANELS = {
+    "data": "Options",
+    "split": "Data",
+    "adaptation": "What is trained",
+    "steps": "Optimisation",
+    "checkpoint_every": "Checkpoints and looking on",
+}
+
+
+class _MethodGroup(TyperGroup):
+    """Makes a method's command when it is asked for: its config needs pydantic, its trainer torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_HELP)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _HELP:
+            return None
+        if cmd_name not in self.commands:
+            self.commands[cmd_name] = _command(cmd_name)
+        return self.commands[cmd_name]
+
+
+train_app = typer.Typer(cls=_MethodGroup, no_args_is_help=True, rich_markup_mode=None)
+
+
+@train_app.callback()
+def _train() -> None:
+    """Fine-tune SDXL or SD 1.5 with preference data. Each method has its own --help.
+
+    A run folder holds everything; the same command goes on where an interrupted run stopped, bit for bit.
+    """
+
+
+def _command(method: str) -> Any:
+    from generation.methods import METHODS
+
+    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    app.command(help=_HELP[method] + _EXPLANATION, epilog=_EPILOG)(_function(METHODS[method]))
+    command = typer.main.get_command(app)
+    command.name = method
+    return command
+
+
+_EXPLANATION = """
+
+DATA: Parquet (jpg_0, jpg_1, label_0, caption), a folder with metadata.jsonl or winner/ and loser/, datasets:NAME.
+Settings rise in rank: defaults, --preset, --config FILE.yaml, options. All are written to OUTPUT/config.yaml.
+Rows are checked before anything else; Ctrl-C saves a checkpoint; the same command resumes.
+"""
+_EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train mapo DATA OUTPUT --dry-run"
+
+
+def _function(trainer: type[Trainer]) -> Callable[..., None]:
+    """A function whose signature typer turns into options: one per field, all unset unless given."""
+    from generation.training.configuration import TrainingConfig
+
+    config_class = trainer.config_class
+    hints = get_type_hints(config_class)
+
+    def run(config: Path | None = None, quiet: bool = False, **options: Any) -> None:
+        _train_with(trainer, config, quiet, options)
+
+    parameters = [
+        _parameter("data", str | None, typer.Argument(help="Training data.", show_default=False), None),
+        _parameter("output", Path | None, typer.Argument(help="Run folder.", show_default=False), None),
+        _parameter("config", Path | None, typer.Option("--config", "-c", help="YAML file of settings."), None),
+        _parameter("quiet", bool, typer.Option("--quiet", "-q", help="No progress bar."), False),
+    ]
+    shared = {field.name for field in dataclasses.fields(TrainingConfig)}
+    panel = "Options"
+    for field in dataclasses.fields(config_class):
+        panel = _PANELS.get(field.name, panel)
+        if field.name not in ("data", "output", "progress"):
+            own = f"Options of {config_class.method}"
+            parameters.append(_option(field, hints[field.name], panel if field.name in shared else own))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _option(field: Any, hint: Any, panel: str) -> inspect.Parameter:
+    about = field.default
+    default = about.get_default(call_default_factory=True)
+    text = about.description
+    if "(default:" not in text and default not in (None, False):
+        shown = " ".join(str(part) for part in default) if isinstance(default, list | tuple) else default
+        text += f" (default: {shown})"
+    inner = _without_none(hint)
+    flag = f"--{field.name.replace('_', '-')}"
+    if get_origin(inner) is Literal:
+        text = f"{' | '.join(get_args(inner))}. {text}"
+        inner = str
+    elif inner is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    return _parameter(field.name, inner | None, typer.Option(flag, help=text, rich_help_panel=panel), None)
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+    return hint
+
+
+def _parameter(name: str, hint: Any, about: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[hint, about]
+    )
+
+
+def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options: dict[str, Any]) -> None:
+    from generation.training.configuration import load_config
+
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    if quiet:
+        given["progress"] = False
+    config = load_config(trainer.config_class, given, file)
+    report = trainer(config).train()
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+    for path in report.exported:
+        print(path)
+    begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
+    say(f"{report.step:,} steps{begun}; settings, samples and metrics in {report.output}")
+    if report.left_out:
+        say(f"{report.left_out:,} rows were left out; see {report.output / 'left_out_rows.jsonl'}")
+        raise typer.Exit(PARTIAL)

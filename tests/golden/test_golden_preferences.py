@@ -1,0 +1,127 @@
+"""Preference losses against the numbers of the released code: values, gradients, hard points, whole training steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from generation.training.geometry import pixels, place
+from generation.objectives import diffusion_dpo_loss, mapo_loss, reward_weighted_loss
+
+DTYPES = ("float64", "float32")
+
+
+def tensor(array: np.ndarray, dtype: str, grad: bool = False) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, dtype)).requires_grad_(grad)
+
+
+def cases(golden) -> list[tuple[str, dict]]:
+    """Prefix and hyperparameters of every case; a file with one unnamed case has the prefix ''."""
+    hyper = golden.hyper
+    if isinstance(hyper, dict):
+        return [("", hyper)]
+    return [(f"case{row['case']}_", row) for row in hyper]
+
+
+@pytest.mark.golden("mapo_loss")
+def test_mapo_loss(golden):
+    for prefix, hyper in cases(golden):
+        for dtype in DTYPES:
+            pred = tensor(golden[f"{prefix}model_pred"], dtype, grad=True)
+            terms = mapo_loss(
+                pred,
+                tensor(golden[f"{prefix}target"], dtype),
+                beta=hyper["beta_mapo"],
+                snr_value=hyper["snr_value"],
+                num_train_timesteps=hyper["num_train_timesteps"],
+            )
+            terms.loss.backward()
+            for name in ("loss", "mse_w", "mse_l", "ratio_losses", "z"):
+                golden.assert_close(f"{prefix}{name}", getattr(terms, name), dtype)
+            golden.assert_close(f"{prefix}grad_model_pred", pred.grad, dtype)
+        # The released code amplifies float32 rounding 1000-fold; ours must not be further from the exact value.
+        exact, released = golden[f"{prefix}loss"], golden[f"{prefix}loss_float32"]
+        assert abs(terms.loss.item() - exact) <= abs(released - exact) + 1e-6 * abs(exact)
+
+
+@pytest.mark.golden("mapo_edge")
+def test_mapo_is_finite_at_no_error_and_at_large_errors(golden):
+    ((_, hyper),) = cases(golden)
+    settings = {"beta": hyper["beta_mapo"], "snr_value": hyper["snr_value"]}
+    settings["num_train_timesteps"] = hyper["num_train_timesteps"]
+    for dtype in DTYPES:
+        pred = tensor(golden["model_pred"], dtype, grad=True)
+        terms = mapo_loss(pred, tensor(golden["target"], dtype), **settings)
+        terms.loss.backward()
+        assert torch.isfinite(pred.grad).all()
+        assert all(torch.isfinite(value).all() for value in terms)
+        if dtype == "float64":
+            for name in ("loss", "mse_w", "mse_l", "z", "ratio_losses"):
+                golden.assert_close(name, getattr(terms, name), dtype)
+            golden.assert_close("grad_model_pred", pred.grad, dtype)
+
+
+@pytest.mark.golden("diffusion_dpo_loss")
+def test_diffusion_dpo_loss(golden):
+    for prefix, hyper in cases(golden):
+        for dtype in DTYPES:
+            pred, ref, target = (
+                tensor(golden[prefix + name], dtype, grad=name == "model_pred")
+                for name in ("model_pred", "ref_pred", "target")
+            )
+            terms = diffusion_dpo_loss(pred, ref, target, beta=hyper["beta_dpo"])
+            terms.loss.backward()
+            actual = {
+                "loss": terms.loss,
+                "inside_term": terms.z,
+                "implicit_acc_original": terms.accuracy(ties=0.0),
+                "implicit_acc_half_ties": terms.accuracy(ties=0.5),
+                "raw_model_loss": torch.cat([terms.mse_w, terms.mse_l]).mean(),
+                "raw_ref_loss": torch.cat([terms.ref_mse_w, terms.ref_mse_l]).mean(),
+                "grad_model_pred": pred.grad,
+            }
+            for name, value in actual.items():
+                if dtype == "float64":
+                    golden.assert_close(prefix + name, value)
+                else:  # none stated: float32 rounding of the errors, times beta
+                    np.testing.assert_allclose(
+                        value.detach().numpy(), golden[prefix + name], rtol=1e-3, atol=1e-6 * hyper["beta_dpo"]
+                    )
+
+
+@pytest.mark.golden("rwl_loss")
+def test_reward_weighted_loss(golden):
+    for prefix, hyper in cases(golden):
+        for dtype in DTYPES:
+            names = ("model_pred", "target", "reward", "model_pred_pretrain", "target_pretrain")
+            inputs = {name: tensor(golden[prefix + name], dtype, grad=name.startswith("model_pred")) for name in names}
+            terms = reward_weighted_loss(**inputs, beta=hyper["beta_pretrain"])
+            terms.loss.backward()
+            actual = {name: getattr(terms, name) for name in ("loss", "mse", "mse_pretrain")}
+            actual |= {f"grad_{name}": inputs[name].grad for name in names if name.startswith("model_pred")}
+            for name, value in actual.items():
+                if dtype == "float64":
+                    golden.assert_close(prefix + name, value)
+                else:
+                    np.testing.assert_allclose(value.detach().numpy(), golden[prefix + name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.golden("mapo_pair_conditioning")
+def test_pair_layout_and_size_conditioning(golden):
+    rng = np.random.default_rng(0)
+    for row in range(len(golden["label_0"])):
+        size_0, size_1 = (tuple(golden[name][row].tolist()) for name in ("size_0", "size_1"))
+        resolution = int(golden["resolution"][row])
+        images = [torch.from_numpy(rng.integers(0, 255, (3, *size), dtype=np.uint8)) for size in (size_0, size_1)]
+        placement = place(size_0, (resolution, resolution))
+        winner = preferred_image(float(golden["label_0"][row]))
+        stacked = torch.cat([pixels(images[i], placement) for i in (winner, 1 - winner)])
+
+        assert golden["pixel_values_shape"][row].tolist() == list(stacked.shape)
+        assert golden["original_size"][row].tolist() == list(placement.original)
+        assert golden["crop_top_left"][row].tolist() == list(placement.crop_top_left)
+        assert golden["add_time_ids"][row].tolist() == list(placement.time_ids)
+        assert golden["first_half_is_image_0"][row] == (winner == 0)
+        torch.testing.assert_close(stacked[:3], pixels(images[winner], placement))
