@@ -15,7 +15,7 @@ from mmalign.progress import progress_bar
 
 from .images import ImageTable, ImageVerdict
 from .memory import CheckMemory
-from .rows import Example, Problem, Row, fingerprint_examples
+from .rows import Example, Problem, Row, fingerprint_examples, preferred_image
 from .sources import RowSource, open_source
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _check_row(row: Row, width: int, table: ImageTable) -> tuple[Example | None,
         row.name,
         str(row.caption),
         tuple(verdict.image for verdict in images if verdict.image),
-        1 if width == 2 and row.label == 0 else 0,
+        preferred_image(row.label) if isinstance(row.label, int | float) else 0,
         tuple(float(reward) for reward in row.rewards if isinstance(reward, int | float)) if row.rewards else None,
     )
     return example, notes

@@ -79,6 +79,11 @@ class Row:
     problem: Problem | None
 
 
+def preferred_image(label_0: float) -> int:
+    """Which image of a pair `label_0` prefers: 0, or 1 for a label of 0. A tie, left out by the check, would be 0."""
+    return 1 if label_0 == 0 else 0
+
+
 def unformed(index: int, name: str, reason: str, message: str) -> Row:
     """A row of which nothing but its problem is known."""
     return Row(index, name, None, (), None, None, Problem(index, name, reason, message, fatal=True))

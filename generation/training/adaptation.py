@@ -50,7 +50,7 @@ class LoraAdaptation:
         state = load_file(folder / DIFFUSERS_FILE)
         load_lora_state(self.network, {key.partition(".")[2]: value for key, value in state.items()})
 
-    def export(self, folder: Path, name: str, notes: dict[str, str]) -> list[Path]:
+    def export(self, folder: Path, name: str, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
         """diffusers and kohya files."""
         return list(export_lora(self.network, folder, name=name, family=self._family, metadata=notes).values())
 
@@ -83,10 +83,15 @@ class FullAdaptation:
         """What `save` wrote, bit for bit."""
         self.network.load_state_dict(load_file(folder / "network.safetensors"))
 
-    def export(self, folder: Path, name: str, notes: dict[str, str]) -> list[Path]:
-        """A folder `unet` in diffusers' layout, for `UNet2DConditionModel.from_pretrained`."""
+    def export(self, folder: Path, name: str, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
+        """A folder `unet` in diffusers' layout; `state` holds the weights where no process has them all."""
+        from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
         target = folder / "unet"
-        self.network.save_pretrained(target)  # type: ignore[operator]
+        self.network.save_config(target)  # type: ignore[operator]
+        temporary = target / ".weights.tmp"
+        save_file(self._state() if state is None else state, temporary, metadata={"format": "pt", **notes})
+        temporary.replace(target / SAFETENSORS_WEIGHTS_NAME)
         return [target]
 
     def _state(self) -> dict[str, Tensor]:

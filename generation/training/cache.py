@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
-import tempfile
+import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmalign.errors import InputError
@@ -33,12 +31,9 @@ class TensorStore:
     def __contains__(self, key: str) -> bool:
         """Whether the file is there and as long as its header says: a power cut can leave it short."""
         try:
-            with self._path(key).open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-                ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
-                return os.fstat(file.fileno()).st_size == 8 + length + max(ends)
-        except (OSError, struct.error, ValueError, KeyError, MemoryError, OverflowError):
+            with safe_open(self._path(key), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
             return False
 
     def read(self, key: str) -> dict[str, Tensor]:
@@ -59,16 +54,20 @@ class TensorStore:
         """
         rounded = self.rounded(tensors, dtype, name)
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            save_file(rounded, temporary)
-            Path(temporary).replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # Not `save_file`: it makes files that only their owner can read, and a cache may be shared.
+                temporary.write_bytes(save(rounded))
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise InputError(f"cannot write the cache {str(self.folder)!r}: {error.strerror or error}") from None
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write the cache {str(self.folder)!r}: {error.strerror or error}; make room or set cache_dir, "
+                "what is cached so far is kept"
+            ) from None
         return rounded
 
     @staticmethod

@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
@@ -19,9 +19,10 @@ from .presets import PRESETS
 
 __all__ = ["STRICT", "TrainingConfig", "differences", "dry_run_of", "load_config", "setting", "to_dict", "write_config"]
 
-STRICT = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+STRICT = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 Config = TypeVar("Config", bound="TrainingConfig")
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def setting(default: Any, text: str, *, fixed: bool = True, **limits: Any) -> Any:
@@ -58,7 +59,9 @@ class TrainingConfig:
     split: str | None = setting(None, "Split of a datasets: set. (default: train)")
     bad_rows: Literal["skip", "refuse"] = setting("skip", "What to do when rows cannot be used.", fixed=False)
     max_pixels: int = setting(50_000_000, "Leave out images of more pixels.", ge=1)
-    resolution: int = setting(1024, "Side of the training canvas in pixels; with buckets the side of its area.", ge=64)
+    resolution: int = setting(
+        1024, "Side of the training canvas in pixels; with buckets the side of its area.", ge=64, multiple_of=8
+    )
     aspect_buckets: bool = setting(False, "Canvases of several aspect ratios instead of one square; a pair shares one.")
     random_flip: bool = setting(False, "Mirror half of the samples (both images of a pair); doubles the cache.")
     caption_dropout: float = setting(0.0, "Share of samples trained on the unconditional embedding.", ge=0, le=1)
@@ -72,7 +75,7 @@ class TrainingConfig:
     adaptation: Literal["lora", "full"] = setting("lora", "Train a LoRA, or all weights of the denoiser.")
     rank: int = setting(64, "LoRA rank.", ge=1)
     alpha: float | None = setting(
-        None, "LoRA alpha; another value than the rank is misread by some tools. (default: rank)"
+        None, "LoRA alpha; another value than the rank is misread by some tools. (default: rank)", gt=0
     )
     targets: list[str] = setting(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get a LoRA.", min_length=1)
     lora_dropout: float = setting(0.0, "Dropout before the LoRA.", ge=0, lt=1)
@@ -86,7 +89,7 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "What follows the warm-up.")
     warmup_steps: int = setting(0, "Optimiser steps of linear warm-up.", ge=0)
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes.")
-    adam_betas: tuple[float, float] = setting((0.9, 0.999), "Decay of Adam's two moments.")
+    adam_betas: tuple[_Share, _Share] = setting((0.9, 0.999), "Decay of Adam's two moments.")
     weight_decay: float = setting(1e-2, "AdamW's weight decay.", ge=0)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", gt=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0)
@@ -122,7 +125,7 @@ def load_config(kind: type[Config], given: Mapping[str, Any], file: str | os.Pat
     written = _read_yaml(Path(file)) if file else {}
     chosen = {**written, **given}
     preset = chosen.get("preset")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):  # a list: YAML may hold what cannot be hashed
         raise InputError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     base = PRESETS[preset].settings(chosen) if preset is not None else {}
     merged = {**base, **chosen}
@@ -194,7 +197,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config {str(path)!r} cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or the 45th of a month
         raise InputError(f"config {str(path)!r} is not valid YAML ({' '.join(str(error).split())[:160]})") from None
     if content is None:
         return {}

@@ -27,7 +27,7 @@ class LatentEncoder:
 
     def __init__(self, vae: Any, device: torch.device) -> None:
         self._vae, self._device = vae, device
-        self.fingerprint = _digest(weights_digest(vae), [self._scale(), vae.config.get("shift_factor")])
+        self.fingerprint = _digest(weights_digest(vae), self._scale(), _settings(vae))
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "3 height width"], key: str) -> Float[Tensor, "channels h w"]:
@@ -82,7 +82,7 @@ class PromptEncoder:
         tokenizers = [pipeline.components[n] for n in names if n.startswith("tokenizer")]
         self._zeros_for_empty = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
         self.fingerprint = _digest(
-            *(weights_digest(encoder) for encoder in self._encoders),
+            *((weights_digest(encoder), _settings(encoder)) for encoder in self._encoders),
             *(_probe(tokenizer) for tokenizer in tokenizers),
             self._zeros_for_empty,
         )
@@ -114,6 +114,12 @@ class PromptEncoder:
         for encoder in self._encoders:
             encoder.to("cpu")
         _empty_cache()
+
+
+def _settings(model: Any) -> list[object]:
+    """What changes the values of a CLIP text encoder or a VAE and can be seen in neither weights nor shapes."""
+    names = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id", "act_fn", "norm_num_groups")
+    return [getattr(model.config, name, None) for name in names]
 
 
 def _probe(tokenizer: Any) -> list[list[int]]:

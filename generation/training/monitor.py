@@ -88,12 +88,18 @@ def check_finite(
         return
     rows, suspects = [], []
     for part, batch in zip(parts, batches, strict=True):
-        for place, row in enumerate(batch.names):
-            named = f"{row} (timestep {int(batch.timesteps[place])})"
-            rows.append(named)
-            own = [value[place] for value in part.values() if len(value) == len(batch.names)]
-            if not all(bool(torch.isfinite(value)) for value in own):
-                suspects.append(named)
+        # The loss is of all rows together. Values that end in _pretrain are those of the second set's rows.
+        own = {name: value for name, value in part.items() if name != "loss"}
+        second = {name: own.pop(name) for name in list(own) if name.endswith("_pretrain")}
+        for seen, found in ((batch, own), (batch.pretraining, second)):
+            if seen is None:
+                continue
+            for place, row in enumerate(seen.names):
+                named = f"{row} (timestep {int(seen.timesteps[place])})"
+                rows.append(named)
+                per_row = [value[place] for value in found.values() if len(value) == len(seen.names)]
+                if not all(bool(torch.isfinite(value)) for value in per_row):
+                    suspects.append(named)
     shown = (suspects or rows)[:8]
     more = len(suspects or rows) - len(shown)
     raise NonFiniteLossError(

@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class RunFolder:
         write_config(config, temporary)
         temporary.replace(echo)
         newest = checkpoints[-1] if checkpoints else None
-        self._cut_metrics(newest.step if newest else 0)
+        self._cut_metrics(newest.step if newest else -1)
         return newest
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -100,23 +99,26 @@ class RunFolder:
                 found.append(Checkpoint(path, int(match[1])))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Checkpoint:
-        """Let `write` fill a hidden folder, make it durable, give it its name, and only then drop the oldest.
+    def unfinished(self, step: int) -> Path:
+        """Where all processes write the checkpoint of a step before it gets its name."""
+        return self.path / "checkpoints" / f".step-{step:06d}"
+
+    @contextmanager
+    def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
+        """Give a hidden folder to fill; then make it durable, name it, and only then drop all but the `keep` newest.
 
         Raises:
             InputError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        root = self.path / "checkpoints"
-        target = root / f"step-{step:06d}"
+        fresh = self.unfinished(step)
+        root, target = fresh.parent, fresh.parent / f"step-{step:06d}"
         try:
-            root.mkdir(exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(dir=root, prefix=f".step-{step:06d}-"))
             try:
-                write(fresh)
-                fresh.chmod(0o755)
+                fresh.mkdir(parents=True)
+                yield fresh
                 _sync(fresh)
                 if target.exists():
-                    shutil.rmtree(target)
+                    _remove(target)
                 fresh.replace(target)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
@@ -126,11 +128,7 @@ class RunFolder:
                 "make room and run the same command again, it goes on from the one before"
             ) from None
         for old in self.checkpoints()[:-keep]:
-            # Renamed first: a kill while files vanish must not leave half a checkpoint under a valid name.
-            doomed = root / f".{old.path.name}-old"
-            old.path.replace(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-        return Checkpoint(target, step)
+            _remove(old.path)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -151,6 +149,13 @@ class RunFolder:
         temporary = self.metrics.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(self.metrics)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: a kill while files vanish must not leave half a checkpoint under a valid name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}-old")
+    checkpoint.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

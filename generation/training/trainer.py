@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,7 @@ from ..pipelines import pipeline_family, quiet_diffusers
 from .adaptation import MovingAverage, adapt
 from .configuration import TrainingConfig, dry_run_of
 from .denoiser import Batch, Denoiser
-from .hardware import make_accelerator, make_optimizer, make_schedule, peak_memory, training_dtype
+from .hardware import is_sharded, make_accelerator, make_optimizer, make_schedule, peak_memory, training_dtype
 from .interruption import Interruption
 from .monitor import Probe, check_finite, mean_of
 from .preparation import Prepared, prepare
@@ -133,6 +133,11 @@ class Trainer(ABC):
             self.accelerator = make_accelerator(self.config)
         device = self.accelerator.device
         full = self.config.adaptation == "full"
+        if is_sharded(self.accelerator) and (not full or self.config.ema_decay is not None):
+            raise InputError(
+                "FSDP and DeepSpeed are for full fine-tuning without ema_decay; a LoRA fits every card: "
+                "launch with scripts/accelerate/multi_gpu.yaml instead"
+            )
         dtype = torch.float32 if full else training_dtype(self.config, device)
         with quiet_diffusers():
             network = pipeline.unet.to(device, dtype)
@@ -148,6 +153,7 @@ class Trainer(ABC):
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.config.batch_size
         wrapped, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network: nn.Module = wrapped
+        self._trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         self.denoiser = Denoiser(wrapped, pipeline.scheduler.config)
         self._average = None
         if self.config.ema_decay is not None:
@@ -169,7 +175,7 @@ class Trainer(ABC):
                 loss, sample_values = self.loss(batch)
                 parts.append({"loss": loss.detach()[None], **sample_values})
                 self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self._adaptation.parameters, self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self._trained, self.config.max_grad_norm)
         means = mean_of(parts)
         means["grad_norm"] = torch.as_tensor(norm if norm is not None else 0.0, device=means["loss"].device)
         values = self._gathered(means)
@@ -309,19 +315,25 @@ class Trainer(ABC):
             prepared.validation.render(self._adaptation.network, path, f"step {self.step}")
 
     def _save(self, prepared: Prepared) -> None:
-        def write(folder: Path) -> None:
-            self._adaptation.save(folder)
-            state = {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
-            if self._average is not None:
-                state["average"] = self._average.state_dict()
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            torch.save(state, folder / "optimizer.pt")
-            about = {"step": self.step, "data": prepared.fingerprint, "probe": self._probe.to_dict()}
-            (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-        if self.accelerator.is_main_process:
-            self._folder.save_checkpoint(self.step, write, self.config.keep_checkpoints)
+        main = self.accelerator.is_main_process
+        publish = self._folder.checkpoint(self.step, self.config.keep_checkpoints) if main else None
+        with publish or contextlib.nullcontext(self._folder.unfinished(self.step)) as folder:
+            self.accelerator.wait_for_everyone()
+            if is_sharded(self.accelerator):
+                self.accelerator.save_state(str(folder / "sharded"))
+            elif main:
+                self._adaptation.save(folder)
+                torch.save(
+                    {name: part.state_dict() for name, part in self._stateful().items()}, folder / "optimizer.pt"
+                )
+            if main:
+                about = {
+                    "step": self.step,
+                    "data": prepared.fingerprint,
+                    "probe": self._probe.to_dict(),
+                }
+                (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Checkpoint, prepared: Prepared) -> None:
@@ -331,29 +343,35 @@ class Trainer(ABC):
                 f"the training data are not those that {str(self.config.output)!r} was begun with (rows, captions or "
                 "images changed); restore them to resume, or choose another output"
             )
-        self._adaptation.load(checkpoint.path)
-        # weights_only: tensors and plain containers, no code
-        state = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if is_sharded(self.accelerator):
+            self.accelerator.load_state(str(checkpoint.path / "sharded"))
+        else:
+            self._adaptation.load(checkpoint.path)
+            # weights_only: tensors and plain containers, no code
+            states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
+            for name, part in self._stateful().items():
+                part.load_state_dict(states[name])
         self._probe = Probe(**about["probe"])
         self.step = about["step"]
 
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "optimizer": self.optimizer,
+            "schedule": self._schedule,
+            "average": self._average,
+            "scaler": self.accelerator.scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def _export(self, folder: Path) -> list[Path]:
+        config = self.config
+        state = self.accelerator.get_state_dict(self.network) if is_sharded(self.accelerator) else None
         if not self.accelerator.is_main_process:
             return []
         folder.mkdir(parents=True, exist_ok=True)
-        notes = {
-            "mmalign_method": self.config.method,
-            "mmalign_steps": str(self.step),
-            "mmalign_base": self.config.model,
-        }
+        notes = {"mmalign_method": config.method, "mmalign_steps": str(self.step), "mmalign_base": config.model}
         with self._average.applied() if self._average else contextlib.nullcontext():
-            return self._adaptation.export(folder, self.config.output.name, notes)
+            return self._adaptation.export(folder, config.output.name, notes, state)
 
     def _start_loggers(self) -> None:
         if self.config.tensorboard or self.config.wandb:

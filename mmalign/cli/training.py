@@ -113,7 +113,7 @@ def _option(field: Any, hint: Any, panel: str) -> inspect.Parameter:
     about = field.default
     default = about.get_default(call_default_factory=True)
     text = about.description
-    if "(default:" not in text and default not in (None, False):
+    if "(default:" not in text and default is not None and default is not False and default != []:
         shown = " ".join(str(part) for part in default) if isinstance(default, list | tuple) else default
         text += f" (default: {shown})"
     inner = _without_none(hint)

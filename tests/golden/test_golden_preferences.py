@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.training.geometry import pixels, place
+from generation.data.rows import preferred_image
+from generation.lora import load_lora_state
+from generation.methods import MaPOConfig, MaPOTrainer
 from generation.objectives import diffusion_dpo_loss, mapo_loss, reward_weighted_loss
+from generation.training.denoiser import Batch, Conditioning
+from generation.training.geometry import pixels, place
 
 DTYPES = ("float64", "float32")
 
@@ -48,19 +52,23 @@ def test_mapo_loss(golden):
 
 @pytest.mark.golden("mapo_edge")
 def test_mapo_is_finite_at_no_error_and_at_large_errors(golden):
-    ((_, hyper),) = cases(golden)
-    settings = {"beta": hyper["beta_mapo"], "snr_value": hyper["snr_value"]}
-    settings["num_train_timesteps"] = hyper["num_train_timesteps"]
-    for dtype in DTYPES:
-        pred = tensor(golden["model_pred"], dtype, grad=True)
-        terms = mapo_loss(pred, tensor(golden["target"], dtype), **settings)
-        terms.loss.backward()
-        assert torch.isfinite(pred.grad).all()
-        assert all(torch.isfinite(value).all() for value in terms)
-        if dtype == "float64":
-            for name in ("loss", "mse_w", "mse_l", "z", "ratio_losses"):
-                golden.assert_close(name, getattr(terms, name), dtype)
-            golden.assert_close("grad_model_pred", pred.grad, dtype)
+    for prefix, hyper in cases(golden):
+        for dtype in DTYPES:
+            pred = tensor(golden[f"{prefix}model_pred"], dtype, grad=True)
+            terms = mapo_loss(
+                pred,
+                tensor(golden[f"{prefix}target"], dtype),
+                beta=hyper["beta_mapo"],
+                snr_value=hyper["snr_value"],
+                num_train_timesteps=hyper["num_train_timesteps"],
+            )
+            terms.loss.backward()
+            assert torch.isfinite(pred.grad).all()
+            assert all(torch.isfinite(value).all() for value in terms)
+            if dtype == "float64":
+                for name in ("loss", "mse_w", "mse_l", "z", "ratio_losses"):
+                    golden.assert_close(prefix + name, getattr(terms, name), dtype)
+                golden.assert_close(f"{prefix}grad_model_pred", pred.grad, dtype)
 
 
 @pytest.mark.golden("diffusion_dpo_loss")
@@ -125,3 +133,90 @@ def test_pair_layout_and_size_conditioning(golden):
         assert golden["add_time_ids"][row].tolist() == list(placement.time_ids)
         assert golden["first_half_is_image_0"][row] == (winner == 0)
         torch.testing.assert_close(stacked[:3], pixels(images[winner], placement))
+
+
+@pytest.mark.golden("mapo_train_step")
+def test_whole_optimiser_steps(golden, tmp_path):
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    hyper, schedule = golden.hyper, dict(golden.meta["scheduler"])
+    kind = schedule.pop("kind")
+    assert kind == "DDPMScheduler", kind
+    assert hyper["optimizer"] == "AdamW", hyper["optimizer"]
+    for dtype in DTYPES:
+        unet = UNet2DConditionModel(**golden.meta["unet_config"])
+        unet.load_state_dict(unflatten(golden["unet_weights"], golden.meta["index"]["unet_weights"], dtype))
+        pipeline = StableDiffusionXLPipeline(
+            vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+            unet=unet, scheduler=DDPMScheduler(**schedule),
+        )  # fmt: skip
+        trainer = MaPOTrainer(
+            MaPOConfig(
+                output=tmp_path / dtype,
+                device="cpu",
+                beta=hyper["beta_mapo"],
+                snr_value=hyper["snr_value"],
+                rank=hyper["lora_rank"],
+                alpha=hyper["lora_alpha"],
+                targets=hyper["target_modules"],
+                learning_rate=hyper["learning_rate"],
+                adam_betas=hyper["betas"],
+                weight_decay=hyper["weight_decay"],
+                adam_epsilon=hyper["eps"],
+                max_grad_norm=hyper["max_grad_norm"],
+                accumulation=1,
+            )
+        )
+        trainer.attach(pipeline)
+        unet.to(getattr(torch, dtype))  # in place: the optimiser holds the same parameters
+        names = golden.meta["index"]["lora"]
+        load_lora_state(unet, unflatten(golden["lora_init"], names, dtype))
+        lora = {name: value for name, value in unet.named_parameters() if value.requires_grad}
+        # peft's own key of a parameter leaves out the adapter's name
+        lora = {name.replace(".default.", "."): value for name, value in lora.items()}
+        assert sorted(lora) == sorted(name for name, _ in names)
+
+        time_ids = golden["add_time_ids"]  # of winners and, repeated, of losers
+        sizes = [
+            golden["original_size"],
+            golden["crop_top_left"],
+            np.full((len(time_ids) // 2, 2), hyper["resolution"]),
+        ]
+        np.testing.assert_array_equal(time_ids, np.tile(np.concatenate(sizes, 1), (2, 1)))
+        conditioning = Conditioning(
+            tensor(golden["prompt_embeds"], dtype),
+            tensor(golden["pooled_prompt_embeds"], dtype),
+            tensor(time_ids[: len(time_ids) // 2], dtype),
+        ).repeat(2)
+        for step, (noise, times) in enumerate(zip(golden["noise"], golden["timesteps"], strict=True)):
+            batch = Batch(
+                names=[f"pair {i}" for i in range(len(times))],
+                latents=tensor(golden["latents"], dtype),
+                noise=tensor(noise, dtype).repeat(2, 1, 1, 1),
+                timesteps=torch.from_numpy(times).repeat(2),
+                conditioning=conditioning,
+            )
+            if step == 0:
+                noisy = trainer.denoiser.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+                golden.assert_close("noisy_step0", noisy, dtype)
+                golden.assert_close("model_pred_step0", trainer.denoiser.predict(batch), dtype)
+                loss, values = trainer.loss(batch)
+                gradients = torch.autograd.grad(loss, list(lora.values()))
+                golden.assert_close("grad_step0", flatten(dict(zip(lora, gradients, strict=True)), names), dtype)
+            else:
+                _, values = trainer.loss(batch)
+            for name in ("mse_w", "mse_l"):
+                golden.assert_close(name, values[name], dtype, where=step)
+            report = trainer.update([batch])
+            golden.assert_close("losses", report["loss"], dtype, where=step)
+            golden.assert_close("grad_norm", report["grad_norm"], dtype, where=step)
+        golden.assert_close("lora_final", flatten(lora, names), dtype)
+
+
+def unflatten(flat: np.ndarray, index: list, dtype: str) -> dict[str, Tensor]:
+    parts = np.split(flat, np.cumsum([int(np.prod(shape)) for _, shape in index])[:-1])
+    return {name: tensor(part.reshape(shape), dtype) for (name, shape), part in zip(index, parts, strict=True)}
+
+
+def flatten(tensors: dict[str, Tensor], index: list) -> np.ndarray:
+    return np.concatenate([tensors[name].detach().numpy().ravel() for name, _ in index])

@@ -1,0 +1,235 @@
+"""Where settings come from, which ones are refused and how, and what a run folder remembers of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from generation.methods import METHODS, MaPOConfig, RewardWeightedConfig
+from generation.training.configuration import (
+    TrainingConfig,
+    differences,
+    dry_run_of,
+    load_config,
+    to_dict,
+    write_config,
+)
+from generation.training.presets import PRESETS
+from mmalign.errors import InputError
+
+KINDS = [trainer.config_class for trainer in METHODS.values()]
+# One other value for every setting that all methods have; a new setting must be added here.
+OTHER: dict[str, Any] = {
+    "data": "pairs/", "output": Path("runs/ünïcode: 1"), "model": "tiny:sdxl", "vae": "other/vae", "variant": "fp16",
+    "preset": "48gb", "dry_run": True, "split": "validation", "bad_rows": "refuse", "max_pixels": 1, "resolution": 512,
+    "aspect_buckets": True, "random_flip": True, "caption_dropout": 0.1, "cache": False, "cache_dir": Path("/tmp/c"),
+    "cache_dtype": "float32", "workers": 3, "adaptation": "full", "rank": 8, "alpha": 4.5, "targets": ["to_q"],
+    "lora_dropout": 0.2, "dora": True, "rslora": True, "steps": 7, "batch_size": 3, "accumulation": 5,
+    "learning_rate": 3e-7, "lr_schedule": "cosine", "warmup_steps": 10, "optimizer": "adamw8bit",
+    "adam_betas": (0.8, 0.95), "weight_decay": 0.0, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "ema_decay": 0.9999,
+    "precision": "bfloat16", "gradient_checkpointing": True, "seed": 2**63, "device": "cpu", "checkpoint_every": 9,
+    "keep_checkpoints": 1, "probe_every": 4, "probe_size": 0, "validation_prompts": ["a: 'dog'", "- 猫", "yes"],
+    "validate_every": 2, "validation_steps": 3, "validation_guidance": 0.0, "tensorboard": True, "wandb": "no",
+    "progress": False,
+}  # fmt: skip
+# Settings that decide nothing about the numbers of a step.
+FREE = {
+    "output", "dry_run", "bad_rows", "cache", "cache_dir", "workers", "steps", "device", "checkpoint_every",
+    "keep_checkpoints", "probe_every", "validation_prompts", "validate_every", "validation_steps",
+    "validation_guidance", "tensorboard", "wandb", "progress",
+}  # fmt: skip
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def make(text: str) -> Path:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "run.yaml"
+
+    return make
+
+
+def refusal(given: dict[str, Any], file: Path | None = None, kind: type[TrainingConfig] = MaPOConfig) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(kind, given, file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_published_recipe() -> None:
+    """shared/methods/sdxl-training.md, section 9."""
+    config = MaPOConfig()
+    assert (config.beta, config.snr_value, config.min_snr_gamma) == (0.1, 0.5, None)
+    assert (config.learning_rate, config.lr_schedule, config.warmup_steps) == (1e-5, "constant", 0)
+    assert (config.adam_betas, config.weight_decay, config.max_grad_norm) == ((0.9, 0.999), 1e-2, 1.0)
+    assert (config.rank, config.alpha, config.targets) == (64, None, ["to_q", "to_k", "to_v", "to_out.0"])
+    assert (config.resolution, config.steps, config.checkpoint_every, config.keep_checkpoints) == (1024, 2000, 500, 3)
+    assert config.batch_size * config.accumulation >= 16 and config.cache
+    assert METHODS["diffusion-dpo"].config_class().beta == 5000  # type: ignore[attr-defined]
+
+
+def test_presets_rise_over_defaults_the_file_over_presets_and_options_over_all(write: Write) -> None:
+    assert MaPOConfig().batch_size == 4 and not MaPOConfig().gradient_checkpointing
+    preset = load_config(MaPOConfig, {"preset": "48gb"})
+    assert (preset.batch_size, preset.accumulation) == (2, 8)
+    file = write("preset: 48gb\nbatch_size: 3\nlearning_rate: 1e-4\n")
+    in_file = load_config(MaPOConfig, {}, file)
+    assert (in_file.batch_size, in_file.accumulation, in_file.learning_rate) == (3, 8, 1e-4)
+    given = load_config(MaPOConfig, {"batch_size": 1, "preset": "24gb"}, file)
+    assert (given.batch_size, given.accumulation, given.learning_rate) == (1, 4, 1e-4)
+    assert given.gradient_checkpointing and given.rank == 64
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_steps_of_sixteen_pairs(name: str) -> None:
+    for adaptation in ("lora", "full"):
+        if adaptation == "full" and PRESETS[name].full is None:
+            assert "cannot hold a full fine-tune" in refusal({"preset": name, "adaptation": adaptation})
+            continue
+        config = load_config(MaPOConfig, {"preset": name, "adaptation": adaptation})
+        assert config.batch_size * config.accumulation == 16
+    assert load_config(MaPOConfig, {"preset": "24gb"}).gradient_checkpointing  # 12.2 GB of activations a pair
+    assert load_config(MaPOConfig, {"preset": "48gb", "adaptation": "full"}).optimizer == "adamw8bit"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
+def test_every_value_is_echoed_and_read_again(kind: type[TrainingConfig], tmp_path: Path) -> None:
+    shared = {field.name for field in dataclasses.fields(TrainingConfig)}
+    own = {field.name for field in dataclasses.fields(kind)} - shared
+    assert set(OTHER) == shared
+    for values in ({}, {**OTHER, **({"min_snr_gamma": 5.0} if "min_snr_gamma" in own else {"beta": 0.25})}):
+        config = kind(**values)
+        write_config(config, tmp_path / "config.yaml")
+        plain = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+        assert list(plain) == [field.name for field in dataclasses.fields(kind)]
+        again = load_config(kind, {}, tmp_path / "config.yaml")
+        assert again == config
+        assert [type(value) for value in vars(again).values()] == [type(value) for value in vars(config).values()]
+    default = kind()
+    assert all(getattr(config, name) != getattr(default, name) for name in shared)
+
+
+def test_defaults_are_not_shared_between_configs() -> None:
+    first = MaPOConfig()
+    first.targets.append("proj_in")
+    first.validation_prompts.append("a dog")
+    assert MaPOConfig().targets == ["to_q", "to_k", "to_v", "to_out.0"] and MaPOConfig().validation_prompts == []
+
+
+def test_an_unknown_setting_is_refused_with_a_suggestion(write: Write) -> None:
+    message = refusal({}, write("learning_rte: 1e-5"))
+    assert "'learning_rte'" in message and "run.yaml" in message and "did you mean learning_rate?" in message
+    assert "is not a setting of rwl" in refusal({"snr_value": 1.0}, kind=RewardWeightedConfig)
+    assert "did you mean" not in refusal({"zzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"resolution": 100}, "resolution is 100: input should be a multiple of 8"),
+        ({"resolution": 56}, "resolution is 56"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas.1 is 1.0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"targets": []}, "targets is []"),
+        ({"targets": "to_q"}, "targets is 'to_q'"),
+        ({"lr_schedule": "polynomial"}, "'constant', 'linear' or 'cosine'"),
+        ({"beta": -1}, "beta is -1"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"preset": "12gb"}, "preset '12gb' is not known; use one of 24gb, 48gb, 80gb"),
+        ({"preset": ["24gb"]}, "preset ['24gb'] is not known"),
+        ({"rank": 0, "steps": 0}, "rank is 0: input should be greater than or equal to 1; steps is 0"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(given: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("x: 1\n y: 2", "is not valid YAML"),
+        ("- rank: 8", "must hold `name: value` lines, not list"),
+        ("rank", "must hold `name: value` lines, not str"),
+        ("data: 2024-13-45", "is not valid YAML"),
+        ("data: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("1: 2", "1 in "),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(write: Write, content: str, expected: str) -> None:
+    file = write(content)
+    assert expected in refusal({}, file) and repr(str(file)) in refusal({}, file)
+
+
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "cannot be read (No such file" in refusal({}, tmp_path / "none.yaml")
+    assert "cannot be read (Is a directory)" in refusal({}, tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("data: caf\xe9".encode("latin-1"))
+    assert "is not valid YAML" in refusal({}, tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_holds_defaults(write: Write) -> None:
+    assert load_config(MaPOConfig, {}, write("# nothing\n")) == MaPOConfig()
+
+
+def test_only_settings_that_change_the_numbers_must_stay(tmp_path: Path) -> None:
+    saved = yaml.safe_load(yaml.safe_dump(to_dict(MaPOConfig())))
+    assert differences(MaPOConfig(), saved) == []
+    named = set()
+    for name, value in OTHER.items():
+        # A schedule makes the number of steps matter; looked at below.
+        found = differences(MaPOConfig(**{name: value}), saved)
+        assert len(found) <= 1
+        named |= {line.split()[0] for line in found}
+    assert named == set(OTHER) - FREE
+    assert differences(MaPOConfig(beta=0.2), saved) == ["beta 0.1 -> 0.2"]
+    assert differences(MaPOConfig(rank=8, seed=1), saved) == ["rank 64 -> 8", "seed 0 -> 1"]
+
+
+def test_steps_must_stay_where_the_schedule_ends_with_them() -> None:
+    for schedule in ("linear", "cosine"):
+        saved = to_dict(MaPOConfig(lr_schedule=schedule))
+        assert differences(MaPOConfig(lr_schedule=schedule, steps=3000), saved) == ["steps 2000 -> 3000"]
+    assert differences(MaPOConfig(steps=3000), to_dict(MaPOConfig())) == []
+
+
+def test_settings_that_an_older_run_did_not_know_are_no_difference() -> None:
+    saved = to_dict(MaPOConfig())
+    del saved["snr_value"]
+    assert differences(MaPOConfig(snr_value=0.7), saved) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "tiny"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "tiny:sdxl"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny:sd15"),
+        ("tiny:sd15", "tiny:sd15"),
+    ],
+)
+def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
+    config = MaPOConfig(
+        data="pairs", output=Path("runs/a"), cache_dir=Path("big"), model=model, vae="other/vae", variant="fp16",
+        beta=0.3, random_flip=True, dora=True, targets=["to_q"], gradient_checkpointing=True, wandb="project", rank=2,
+    )  # fmt: skip
+    small = dry_run_of(config)
+    assert (small.model, small.vae, small.variant, small.wandb) == (tiny, None, None, None)
+    assert small.output == Path("runs/a/dry-run") and small.output in (small.cache_dir or Path()).parents
+    assert small.resolution == 64 and small.steps <= 8 and small.batch_size * small.accumulation <= 4
+    kept = ("data", "beta", "random_flip", "dora", "targets", "gradient_checkpointing", "seed", "rank", "learning_rate")
+    assert all(getattr(small, name) == getattr(config, name) for name in kept)
+    assert dry_run_of(MaPOConfig()).rank <= 8 and config.steps == 2000
+    assert type(dry_run_of(RewardWeightedConfig(beta=0.0))) is RewardWeightedConfig
