@@ -44,6 +44,7 @@ def progress_bar(
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
     from rich.text import Text
 
     class RateColumn(ProgressColumn):
@@ -51,14 +52,17 @@ def progress_bar(
             speed = task.finished_speed or task.speed
             return Text(f"{speed:,.1f} {unit}/s" if speed else f"- {unit}/s")
 
+    def whole() -> Column:
+        return Column(no_wrap=True)  # in a narrow terminal the bar gives way, not the numbers
+
     columns: list[Any] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=whole()),
+        BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=40, ratio=1)),
+        MofNCompleteColumn(table_column=whole()),
+        RateColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
     ]
-    columns += [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
+    columns += [TextColumn(f"{name} {{task.fields[{name}]}}", table_column=whole()) for name in fields]
     with Progress(*columns, console=Console(file=sys.stderr), speed_estimate_period=60) as bar:
         task = bar.add_task(description, total=total, completed=initial, **fields)
         yield lambda n=1, **updates: bar.update(task, advance=n, **updates)

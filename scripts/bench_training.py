@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--method", choices=("mapo", "diffusion-dpo"), default="mapo")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs per step (default: 4)")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--steps", type=int, help="measured turns of each loop (default: 60 tiny, 20 sdxl)")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--steps", type=int, help="measured turns of each loop (default: 60 for tiny, else 20)")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of the trainer that are not counted")
     parser.add_argument("--workers", type=int, help="loading threads (default: one a core)")
     parser.add_argument(
@@ -63,7 +63,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--peak-tflops", type=float, default=790.0,
-        help="the card's dense bfloat16 peak; 790 was measured on an H200, an H100 SXM or H200 data sheet says 989",
+        help="of the card in dense bfloat16; 790 is about what an H200 reaches in matrix products (data sheet: 989)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write all figures here")
     arguments = parser.parse_args()
@@ -74,8 +74,7 @@ def main() -> None:
     arguments.device = resolve_device(None)
     if arguments.model is None:
         arguments.model = "sdxl" if arguments.device.type == "cuda" else "tiny"
-    if arguments.steps is None:
-        arguments.steps = 60 if arguments.model == "tiny" else 20
+    arguments.steps = arguments.steps or (60 if arguments.model == "tiny" else 20)
     if arguments.threads or arguments.model == "tiny":
         torch.set_num_threads(arguments.threads or 1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -190,7 +189,6 @@ def measure(arguments: argparse.Namespace, trainer: Trainer, data: EncodedSet) -
     memory = {}
     if arguments.device.type == "cuda":  # before the bare loop's optimiser takes its share
         memory["peak_memory_gb"] = torch.cuda.max_memory_allocated(arguments.device) / 1e9
-        memory["reserved_memory_gb"] = torch.cuda.max_memory_reserved(arguments.device) / 1e9
     bare = bare_loop(trainer, next(batches)[0])
     bare()
     clocked_step(trainer, batches, arguments.device)
@@ -344,23 +342,16 @@ def describe(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     import peft
     import torch
 
-    gpu = arguments.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(arguments.device)
-        if gpu
-        else f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()})"
-    )
+    name = f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()})"
+    if arguments.device.type == "cuda":
+        name = torch.cuda.get_device_name(arguments.device)
     modules = {"torch": torch, "diffusers": diffusers, "peft": peft, "accelerate": accelerate}
     return {
-        "model": arguments.model,
-        "method": arguments.method,
+        **{name: getattr(arguments, name) for name in ("model", "method", "rank", "checkpointing", "steps")},
         "pairs": arguments.batch_size,
-        "rank": arguments.rank,
-        "checkpointing": arguments.checkpointing,
         "trained_parameters": sum(p.numel() for p in trainer.network.parameters() if p.requires_grad),
         "device": name,
         "versions": {"python": platform.python_version()} | {k: m.__version__ for k, m in modules.items()},
-        "steps": arguments.steps,
     }
 
 
@@ -369,7 +360,7 @@ def report(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     print(f"{figures['device']}; {versions}; medians of {figures['steps']} steps")
     print(
-        f"{figures['model']}, {figures['method']}, {figures['pairs']} pairs a step, LoRA rank {figures['rank']} "
+        f"{figures['model']}, {figures['method']}, {figures['pairs']} pair(s) a step, LoRA rank {figures['rank']} "
         f"({figures['trained_parameters']:,} parameters){', checkpointing' * figures['checkpointing']}\n"
     )
     total = figures["clocked_step_ms"]
@@ -381,25 +372,27 @@ def report(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     print(f"bare loop's step      {figures['bare_ms']:9.2f} ms   (batch in memory)")
     print(f"trainer over bare     {figures['over_bare_ms']:9.2f} ms   {figures['over_bare_share']:.1%} of a step")
     print(f"shell                 {figures['parts_ms']['shell']:9.2f} ms   {figures['shell_share']:.1%} of a step")
-    columns = [figures["device"], figures["model"], figures["method"], str(figures["pairs"])]
-    columns += ["yes" if figures["checkpointing"] else "no", f"{figures['step_ms']:.0f}"]
-    columns += [f"{figures['ms_per_pair']:.1f}", f"{figures['pairs_per_second']:.1f}", f"{figures['shell_share']:.1%}"]
-    titles = ["device", "model", "method", "pairs", "checkpointing", "ms/step", "ms/pair", "pairs/s", "shell"]
+    row = {
+        "device": figures["device"], "model": figures["model"], "method": figures["method"], "pairs": figures["pairs"],
+        "checkpointing": "yes" if figures["checkpointing"] else "no", "ms/step": f"{figures['step_ms']:.0f}",
+        "ms/pair": f"{figures['ms_per_pair']:.1f}", "pairs/s": f"{figures['pairs_per_second']:.1f}",
+        "shell": f"{figures['shell_share']:.1%}", "over bare loop": f"{figures['over_bare_share']:.1%}",
+    }  # fmt: skip
     if arguments.device.type == "cuda":
         print(
             f"\n{figures['tflop_per_pair']:.1f} TFLOP a pair; model FLOP utilisation "
             f"{figures['model_flop_utilisation']:.1%} of {arguments.peak_tflops:g} TFLOP/s; peak memory "
-            f"{figures['peak_memory_gb']:.1f} GB allocated, {figures['reserved_memory_gb']:.1f} GB reserved"
+            f"{figures['peak_memory_gb']:.1f} GB"
         )
         if arguments.model == "sdxl" and arguments.method == "mapo":
             print(
                 f"{figures['ms_per_pair']:.1f} ms a pair; by arithmetic no less than 38 (55 with checkpointing) at "
                 "790 TFLOP/s; wanted 80 or less"
             )
-        titles += ["MFU", "GB"]
-        columns += [f"{figures['model_flop_utilisation']:.1%}", f"{figures['peak_memory_gb']:.1f}"]
-    for row in (titles, ["---"] * len(titles), columns):
-        print("\n| " + " | ".join(row) + " |" if row is titles else "| " + " | ".join(row) + " |")
+        row |= {"MFU": f"{figures['model_flop_utilisation']:.1%}", "GB": f"{figures['peak_memory_gb']:.1f}"}
+    print()
+    for line in (row, ["---"] * len(row), row.values()):
+        print("|", " | ".join(map(str, line)), "|")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 # MaPO on SDXL from preference pairs to a LoRA, by scripts/sdxl_mapo.yaml (memory and time are stated there).
 # DATA: whatever `mmalign train` takes; by default datasets:mapo-t2i/pick-style-cartoon, about 1,000 pairs.
 # Human preferences at full size are datasets:yuvalkirstain/pickapic_v2: 959,040 rows, 335 GB to fetch.
-# --smoke: the same on a tiny model and blurred sample photographs: two minutes on two cores, nothing to fetch.
+# --smoke: the same on a tiny model and sample photographs with blurred ones as losers: under a minute on two cores.
 # The same command goes on where a stopped run was. PRESET=24gb|48gb|80gb overrides the size read from the card;
 # ACCELERATE_CONFIG=scripts/accelerate/multi_gpu.yaml trains on several.
 set -euo pipefail
@@ -47,7 +47,9 @@ else
     exit 1
   fi
   megabytes="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1)"
-  if [ "$megabytes" -ge 75000 ]; then preset=80gb; elif [ "$megabytes" -ge 44000 ]; then preset=48gb; else preset=24gb; fi
+  preset=24gb
+  if [ "$megabytes" -ge 44000 ]; then preset=48gb; fi
+  if [ "$megabytes" -ge 75000 ]; then preset=80gb; fi
   settings+=(--preset "${PRESET:-$preset}")
 fi
 
@@ -70,6 +72,6 @@ $output
   samples/            the validation prompts before, during and after training
   comparison.png      the same prompts with both exported files, loaded anew
   metrics.jsonl       losses, margins and the probe, step by step
-  export/             pytorch_lora_weights.safetensors for diffusers, $(basename "$output").safetensors for ComfyUI and others
+  export/             the LoRA: pytorch_lora_weights.safetensors for diffusers, the other for ComfyUI and kohya's tools
   config.yaml         every setting
 EOF

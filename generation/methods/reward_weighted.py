@@ -77,9 +77,8 @@ class RewardWeightedTrainer(Trainer):
                 raise InputError(f"{sample.name} has the reward {sample.reward:g}; rewards must be in [0, 1]")
         if config.beta > 0 and config.pretraining_data is not None:
             other = replace(config, seed=config.seed + 1_000_003)
-            checked = check(
-                other, self.accelerator, config.pretraining_data, "winners", "left_out_pretraining_rows.jsonl"
-            )
+            report = "left_out_pretraining_rows.jsonl"
+            checked = check(other, self.accelerator, config.pretraining_data, "winners", report=report)
             self._pretraining = encode(other, self.accelerator, checked, "winners", prepared.encoders)
             if config.cache:
                 prepared.encoders.release()

@@ -23,7 +23,7 @@ class LoraAdaptation:
     """Float32 adapters on a frozen network; the reference is the same network with the adapters off."""
 
     def __init__(self, network: nn.Module, config: TrainingConfig, family: str) -> None:
-        self.network, self._family = network, family
+        self.network, self._family, self._name = network, family, config.output.name
         self.parameters = add_lora(
             network,
             rank=config.rank,
@@ -42,17 +42,17 @@ class LoraAdaptation:
             yield self.network
 
     def save(self, folder: Path) -> None:
-        """As a file that `load_lora_weights` reads, so that every checkpoint can be tried out."""
-        export_lora(self.network, folder, family=self._family, formats=("diffusers",))
+        """As the files that are exported, so that every checkpoint can be used as it is."""
+        self.export(folder, {}, None)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, bit for bit."""
         state = load_file(folder / DIFFUSERS_FILE)
         load_lora_state(self.network, {key.partition(".")[2]: value for key, value in state.items()})
 
-    def export(self, folder: Path, name: str, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
-        """diffusers and kohya files."""
-        return list(export_lora(self.network, folder, name=name, family=self._family, metadata=notes).values())
+    def export(self, folder: Path, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
+        """diffusers and kohya files, the latter named like the run."""
+        return list(export_lora(self.network, folder, name=self._name, family=self._family, metadata=notes).values())
 
 
 class FullAdaptation:
@@ -83,7 +83,7 @@ class FullAdaptation:
         """What `save` wrote, bit for bit."""
         self.network.load_state_dict(load_file(folder / "network.safetensors"))
 
-    def export(self, folder: Path, name: str, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
+    def export(self, folder: Path, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
         """A folder `unet` in diffusers' layout; `state` holds the weights where no process has them all."""
         from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 

@@ -26,14 +26,12 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def setting(default: Any, text: str, *, fixed: bool = True, **limits: Any) -> Any:
-    """A field with its help text and limits (pydantic's: ge, gt, le, lt, min_length).
+    """A field with its help text and limits (pydantic's: ge, gt, le, lt, multiple_of, min_length).
 
     `fixed` ones cannot change when a run is resumed.
     """
-    about: dict[str, Any] = {"description": text, "json_schema_extra": {"fixed": fixed}, **limits}
-    if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), **about)
-    return Field(default=default, **about)
+    # pydantic copies a list for each config
+    return Field(default=default, description=text, json_schema_extra={"fixed": fixed}, **limits)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -43,7 +41,9 @@ class TrainingConfig:
     method: ClassVar[str] = ""
 
     data: str = setting(
-        "", "Training data: Parquet file or folder, folder with metadata.jsonl or winner/ and loser/, datasets:NAME."
+        "",
+        "Training data: Parquet file or folder, folder with metadata.jsonl or winner/ and loser/, datasets:NAME.",
+        fixed=False,  # a checkpoint knows the content
     )
     output: Path = setting(Path(), "Run folder: settings, checkpoints, samples, the finished LoRA.", fixed=False)
     model: str = setting(
@@ -51,14 +51,21 @@ class TrainingConfig:
     )
     vae: str | None = setting(None, "Another VAE: hub id or folder.")
     variant: str | None = setting(None, "Weight variant of the hub repository, e.g. fp16.")
-    preset: str | None = setting(None, f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.")
+    preset: str | None = setting(
+        None, f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.", fixed=False
+    )
     dry_run: bool = setting(
         False, "Try everything with a tiny model of the same family and 4 steps, in OUTPUT/dry-run.", fixed=False
     )
 
-    split: str | None = setting(None, "Split of a datasets: set. (default: train)")
+    split: str | None = setting(None, "Split of a datasets: set. (default: train)", fixed=False)
     bad_rows: Literal["skip", "refuse"] = setting("skip", "What to do when rows cannot be used.", fixed=False)
     max_pixels: int = setting(50_000_000, "Leave out images of more pixels.", ge=1)
+    filter_encoder: str | None = setting(
+        None, "Encoder whose cosine of caption and image min_score and min_margin refer to, e.g. bundled."
+    )
+    min_score: float | None = setting(None, "Leave out rows whose winner scores less.")
+    min_margin: float | None = setting(None, "Leave out pairs whose winner scores less than this above the loser.")
     resolution: int = setting(
         1024, "Side of the training canvas in pixels; with buckets the side of its area.", ge=64, multiple_of=8
     )
@@ -151,7 +158,8 @@ def dry_run_of(config: Config) -> Config:
         vae=None,
         variant=None,
         output=config.output / "dry-run",
-        cache_dir=config.output / "dry-run" / "cache",
+        cache_dir=config.cache_dir
+        or config.output.parent / "cache",  # what is checked here is checked for the real run
         resolution=64,
         steps=4,
         batch_size=min(config.batch_size, 2),

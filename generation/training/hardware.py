@@ -33,10 +33,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         InputError: accelerate or a wanted logger is not installed, or the device is not usable.
     """
-    needed = {"accelerate": True, "tensorboard": config.tensorboard, "wandb": config.wandb is not None}
-    for package, wanted in needed.items():
-        if wanted and find_spec(package) is None:
-            remedy = "'mmalign[train]'" if package == "accelerate" else package
+    needed = dict.fromkeys(("accelerate", "peft", "matplotlib"), "'mmalign[train]'")
+    needed |= {"tensorboard": "tensorboard"} if config.tensorboard else {}
+    needed |= {"wandb": "wandb"} if config.wandb else {}
+    for package, remedy in needed.items():
+        if find_spec(package) is None:
             raise InputError(f"{package} is not installed; run: pip install {remedy}")
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState

@@ -13,7 +13,7 @@ import torch
 
 from mmalign.errors import InputError
 
-from ..data import CheckedData, RowSource, check_data, open_source
+from ..data import CheckedData, RowSource, check_data, encoder_score, open_source
 from ..pipelines import load_pipeline, pipeline_family
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
@@ -23,6 +23,8 @@ from .validation import Validation
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
+
+    from ..data.filtering import Score
 
 __all__ = ["Encoders", "Prepared", "check", "encode", "prepare"]
 
@@ -54,10 +56,10 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig, accelerator: Accelerator, pipeline: DiffusionPipeline | None, unit: str
+    config: TrainingConfig, accelerator: Accelerator, pipeline: DiffusionPipeline | None, unit: str, score: Score | None
 ) -> Prepared:
     """Check the rows first, as that is cheap and fails early; then load the model and encode what is missing."""
-    checked = check(config, accelerator, config.data, unit)
+    checked = check(config, accelerator, config.data, unit, score=score)
     # float32 until the denoiser is cast: latents and embeddings are made once and should not carry bfloat16's error.
     pipeline = pipeline or load_pipeline(
         config.model, device="cpu", dtype="float32", vae=config.vae, variant=config.variant
@@ -77,7 +79,13 @@ def prepare(
 
 
 def check(
-    config: TrainingConfig, accelerator: Accelerator, data: str, unit: str, report: str = "left_out_rows.jsonl"
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    data: str,
+    unit: str,
+    *,
+    report: str = "left_out_rows.jsonl",
+    score: Score | None = None,
 ) -> CheckedData:
     """All rows; those that cannot be used are listed in the run folder and on standard error, or refused."""
     source = open_source(data, split=config.split)
@@ -89,6 +97,9 @@ def check(
             workers=config.workers,
             progress=config.progress and accelerator.is_main_process,
             memory=cache_folder(config) / "checks",
+            score=_score(config, score),
+            min_score=config.min_score,
+            min_margin=config.min_margin,
         )
     if accelerator.is_main_process:
         _report(config, checked, config.output / report)
@@ -126,6 +137,16 @@ def cache_folder(config: TrainingConfig) -> Path:
     return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
 
 
+def _score(config: TrainingConfig, given: Score | None) -> Score | None:
+    if given is not None and config.filter_encoder is not None:
+        raise InputError("give either filter_encoder or a score of your own, not both")
+    if config.filter_encoder is None:
+        return given
+    from mmalign import load_encoder
+
+    return encoder_score(load_encoder(config.filter_encoder, device=config.device))
+
+
 def _holds_pairs(source: RowSource) -> bool:
     if source.images_per_row is not None:
         return source.images_per_row == 2
@@ -147,7 +168,8 @@ def _report(config: TrainingConfig, checked: CheckedData, path: Path) -> None:
     if len(left_out) > 10:
         print(f"  ... and {len(left_out) - 10:,} more, all in {path}", file=sys.stderr)
     if config.bad_rows == "refuse":
+        rows = "1 row" if len(left_out) == 1 else f"{len(left_out):,} rows"
         raise InputError(
-            f"{len(left_out):,} rows of {checked.source.name!r} cannot be used (listed in {str(path)!r}); "
+            f"{rows} of {checked.source.name!r} cannot be used (listed in {str(path)!r}); "
             "mend them, or set bad_rows to skip"
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -34,6 +35,7 @@ from mmalign.progress import progress_bar
 from ..pipelines import pipeline_family, quiet_diffusers
 from .adaptation import MovingAverage, adapt
 from .configuration import TrainingConfig, dry_run_of
+from .curves import draw_curves
 from .denoiser import Batch, Denoiser
 from .hardware import is_sharded, make_accelerator, make_optimizer, make_schedule, peak_memory, training_dtype
 from .interruption import Interruption
@@ -45,6 +47,8 @@ from .training_set import EncodedSet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from ..data.filtering import Score
 
 __all__ = ["Trainer", "TrainingReport"]
 
@@ -75,10 +79,19 @@ class Trainer(ABC):
     unit: ClassVar[str] = "pairs"
     needs_reference: ClassVar[bool] = False
 
-    def __init__(self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None) -> None:
-        """`pipeline` is trained in place of `config.model`; its denoiser is changed."""
+    def __init__(
+        self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None, score: Score | None = None
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            config: all settings.
+            pipeline: trained in place of `config.model`; its denoiser is changed.
+            score: any reward of images and captions, for `min_score` and `min_margin` to filter the rows by.
+        """
         self.config = dry_run_of(config) if config.dry_run else config
         self._pipeline = None if config.dry_run else pipeline
+        self._score = score
         self._folder = RunFolder(self.config.output)
         self._probe = Probe()
         self._warnings: list[str] = []
@@ -106,6 +119,7 @@ class Trainer(ABC):
         if self.config.output == Path():
             raise InputError("no run folder given; set output, e.g. runs/first")
         self.accelerator = make_accelerator(self.config)
+        self._check_sharding()
         with contextlib.ExitStack() as stack:
             if self.accelerator.is_main_process:
                 stack.enter_context(self._folder.locked())
@@ -125,7 +139,7 @@ class Trainer(ABC):
 
     def prepare(self) -> Prepared:
         """Checked and encoded data with the pipeline; a method that trains on a second set adds it here."""
-        return prepare(self.config, self.accelerator, self._pipeline, self.unit)
+        return prepare(self.config, self.accelerator, self._pipeline, self.unit, self._score)
 
     def attach(self, pipeline: DiffusionPipeline) -> None:
         """Make a pipeline's denoiser trainable on this trainer's device; `update` works from here on."""
@@ -133,11 +147,6 @@ class Trainer(ABC):
             self.accelerator = make_accelerator(self.config)
         device = self.accelerator.device
         full = self.config.adaptation == "full"
-        if is_sharded(self.accelerator) and (not full or self.config.ema_decay is not None):
-            raise InputError(
-                "FSDP and DeepSpeed are for full fine-tuning without ema_decay; a LoRA fits every card: "
-                "launch with scripts/accelerate/multi_gpu.yaml instead"
-            )
         dtype = torch.float32 if full else training_dtype(self.config, device)
         with quiet_diffusers():
             network = pipeline.unet.to(device, dtype)
@@ -221,8 +230,21 @@ class Trainer(ABC):
         """A batch of the given samples; one of a second set beside it where the method has one."""
         return data.batch(indices, ordinals)
 
+    def _check_sharding(self) -> None:
+        config = self.config
+        wanted = {"adaptation lora": config.adaptation == "lora", "ema_decay": config.ema_decay is not None}
+        wanted["validation_prompts"] = bool(config.validation_prompts)
+        cannot = [name for name, present in wanted.items() if present]
+        if cannot and is_sharded(self.accelerator):
+            raise InputError(
+                f"{' and '.join(cannot)} cannot be had under FSDP or DeepSpeed, where no process has the whole model; "
+                "launch with scripts/accelerate/multi_gpu.yaml (a LoRA fits every card)"
+            )
+
     def _open_folder(self) -> Checkpoint | None:
         if self.accelerator.is_main_process:
+            if self.config.dry_run:  # begins afresh each time
+                shutil.rmtree(self.config.output / "checkpoints", ignore_errors=True)
             self._folder.open(self.config)
         self.accelerator.wait_for_everyone()
         checkpoints = self._folder.checkpoints()
@@ -236,7 +258,7 @@ class Trainer(ABC):
             self._look(data)
         values: dict[str, float] = {}
         bar = progress_bar(
-            f"training {config.method}", config.steps, unit="steps", initial=self.step,
+            config.method, config.steps, unit="steps", initial=self.step,
             enabled=config.progress and self.accelerator.is_main_process, loss="-", margin="-", drift="-", memory="-",
         )  # fmt: skip
         with bar as advance, Interruption() as interruption:
@@ -323,6 +345,9 @@ class Trainer(ABC):
                 self.accelerator.save_state(str(folder / "sharded"))
             elif main:
                 self._adaptation.save(folder)
+                if self._average is not None:
+                    with self._average.applied():
+                        self._adaptation.export(folder / "averaged", {}, None)
                 torch.save(
                     {name: part.state_dict() for name, part in self._stateful().items()}, folder / "optimizer.pt"
                 )
@@ -334,6 +359,8 @@ class Trainer(ABC):
                 }
                 (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             self.accelerator.wait_for_everyone()
+        if main:
+            draw_curves(self._folder.metrics, self.config.output / "curves.png")
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Checkpoint, prepared: Prepared) -> None:
@@ -371,7 +398,7 @@ class Trainer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         notes = {"mmalign_method": config.method, "mmalign_steps": str(self.step), "mmalign_base": config.model}
         with self._average.applied() if self._average else contextlib.nullcontext():
-            return self._adaptation.export(folder, config.output.name, notes, state)
+            return self._adaptation.export(folder, notes, state)
 
     def _start_loggers(self) -> None:
         if self.config.tensorboard or self.config.wandb:

@@ -128,7 +128,9 @@ class EncodedSet:
         wanted: dict[str, str | None] = {self._prompt_key(s.caption): s.caption for s in self.samples}
         wanted[self._prompt_key(None)] = None
         missing = {k: caption for k, caption in wanted.items() if _mine(k, part) and k not in self._prompt_store}
-        with progress_bar("encoding captions", len(missing), unit="captions", enabled=progress) as advance:
+        with progress_bar(
+            "encoding captions", len(missing), unit="captions", enabled=progress and bool(missing)
+        ) as advance:
             for key, caption in missing.items():
                 name = f"caption {caption!r}"
                 self._prompt_store.write(key, self._prompts.encode(caption), self._options.dtype, name)
@@ -209,7 +211,7 @@ class EncodedSet:
             image = self._decode(sample, member, contents)
             return sample.placement, pixels(image, sample.placement, flip=flip)
 
-        with progress_bar("encoding images", total, enabled=progress) as advance:
+        with progress_bar("encoding images", total, enabled=progress and bool(total)) as advance:
             for job, loaded in decode_ahead(self._jobs(missing), load, ahead=8, workers=workers):
                 if isinstance(loaded, UnreadableImageError):
                     raise loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,8 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
         given["progress"] = False
     config = load_config(trainer.config_class, given, file)
     report = trainer(config).train()
+    if int(os.environ.get("RANK", "0")):  # one of several processes speaks
+        return
     for warning in report.warnings:
         say(f"warning: {warning}")
     for path in report.exported:
@@ -153,5 +156,6 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
     say(f"{report.step:,} steps{begun}; settings, samples and metrics in {report.output}")
     if report.left_out:
-        say(f"{report.left_out:,} rows were left out; see {report.output / 'left_out_rows.jsonl'}")
+        said = "row was" if report.left_out == 1 else "rows were"
+        say(f"{report.left_out:,} {said} left out; see {report.output / 'left_out_rows.jsonl'}")
         raise typer.Exit(PARTIAL)

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_what_is_read_is_what_writing_returned(tmp_path: Path) -> None:
     value = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
     assert KEY not in store
     written = store.write(KEY, {"latent": value}, torch.float16, "row 1")
-    assert KEY in store and torch.equal(store.read(KEY)["latent"], written["latent"])
+    assert KEY in store
+    assert torch.equal(store.read(KEY)["latent"], written["latent"])
     assert torch.equal(written["latent"], value.half())
     (made,) = files(tmp_path)
     umask = os.umask(0)
@@ -120,7 +122,8 @@ def test_a_damaged_file_is_not_there(tmp_path: Path, damage: str) -> None:
         store.read(KEY)
     assert "\n" not in str(caught.value)
     store.write(KEY, {"latent": torch.ones(4, 8, 8)}, torch.float32, "row 1")
-    assert path.read_bytes() == whole and KEY in store
+    assert path.read_bytes() == whole
+    assert KEY in store
 
 
 def test_no_part_of_a_file_is_ever_seen_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +140,9 @@ def test_no_part_of_a_file_is_ever_seen_under_its_name(tmp_path: Path, monkeypat
         patch.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.write(KEY, {"latent": torch.ones(100)}, torch.float32, "row 1")
-    assert seen == [False] and KEY not in store and files(tmp_path) == []
+    assert seen == [False]
+    assert KEY not in store
+    assert files(tmp_path) == []
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -150,8 +155,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
             store.write("cd" * 32, {"latent": torch.ones(100_000)}, torch.float32, "row 2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.strerror(errno.EFBIG) in str(caught.value) and "\n" not in str(caught.value)
-    assert KEY in store and len(files(tmp_path)) == 1
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert KEY in store
+    assert len(files(tmp_path)) == 1
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -266,6 +273,18 @@ def test_the_same_image_at_another_crop_is_another_latent(photo_pairs: Path, bui
     shapes = {sample.placement for sample in made[0].samples}
     assert len(shapes) == 2
     assert fill(made) == (3 + 2, 4)
+
+
+def test_whatever_of_the_geometry_changes_pixels_makes_another_latent(build: Build, tmp_path: Path) -> None:
+    data, images, _ = build(tmp_path)
+    first = data.samples[0]
+    assert first.placement.resized == (64, 85)
+    assert first.placement.crop_top_left == (0, 10)
+    changes = ({"resized": (64, 84)}, {"target": (64, 56)}, {"crop_top_left": (0, 11)}, {"original": (240, 320)})
+    for change in changes:
+        data.samples.append(replace(first, placement=replace(first.placement, **change)))
+    data.encode_all(workers=1, progress=False)
+    assert len(images.calls) == 16 + 3 * 2  # the original size is told to the model, it makes no other latent
 
 
 def test_equal_images_and_captions_are_encoded_once(photo_pairs: Path, build: Build, tmp_path: Path) -> None:

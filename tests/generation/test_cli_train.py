@@ -45,7 +45,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 def refused(result: tuple[int, str, str]) -> str:
     """The one line of an error."""
     code, out, err = result
-    assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith("error: ")
     return err
 
 
@@ -58,13 +59,15 @@ def test_help_names_every_method(run: Run) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_help_of_a_method_names_every_setting_and_its_default(run: Run, method: str) -> None:
     code, out, err = run(method, "--help")
-    assert code == 0 and err == ""
+    assert code == 0
+    assert err == ""
     fields = dataclasses.fields(METHODS[method].config_class)
     names = {field.name for field in fields}
     flags = {word.strip("│ ,") for line in out.splitlines() for word in line.replace("/", " ").split()}
     assert {f"--{name.replace('_', '-')}" for name in names - {"data", "output", "progress"}} <= flags
     assert {"data", "output", "--config", "--quiet", "--dry-run"} <= flags
-    assert "(default: )" not in out and "(default: None)" not in out
+    assert "(default: )" not in out
+    assert "(default: None)" not in out
     for field in fields:
         about: object = field.default
         default = about.get_default(call_default_factory=True)  # type: ignore[attr-defined]
@@ -76,7 +79,8 @@ def test_help_of_a_method_names_every_setting_and_its_default(run: Run, method: 
 def test_mistakes_are_told_in_one_line(run: Run, photo_pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("learning_rte: 1e-4\n")
     said = refused(run("mapo", photo_pairs, "out", "--config", "run.yaml"))
-    assert "'learning_rte'" in said and "did you mean learning_rate?" in said
+    assert "'learning_rte'" in said
+    assert "did you mean learning_rate?" in said
     assert "rank is 0" in refused(run("mapo", photo_pairs, "out", "--rank", "0"))
     assert "'cosine'" in refused(run("mapo", photo_pairs, "out", "--lr-schedule", "step"))
     assert "none.yaml" in refused(run("sft", photo_pairs, "out", "-c", "none.yaml"))
@@ -90,16 +94,20 @@ def test_mistakes_are_told_in_one_line(run: Run, photo_pairs: Path, tmp_path: Pa
 @pytest.mark.parametrize("arguments", [["mapo", "--rank", "many"], ["mapo", "--no-such-option"], ["ppo"]])
 def test_wrong_usage_is_code_2(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
-    assert code == 2 and out == "" and arguments[1 if len(arguments) > 1 else 0] in err
+    assert code == 2
+    assert out == ""
+    assert arguments[1 if len(arguments) > 1 else 0] in err
 
 
 def test_bad_rows_can_be_refused_before_a_model_is_loaded(run: Run, photo_pairs: Path, tmp_path: Path) -> None:
     folder = with_a_bad_row(photo_pairs, tmp_path)
     code, out, err = run("mapo", folder, "out", "--bad-rows", "refuse", "--model", "no/such-model", "--quiet")
     *listed, last = err.splitlines()
-    assert code == 1 and out == ""
+    assert code == 1
+    assert out == ""
     assert [line for line in listed if "metadata.jsonl line 9" in line and "gone.png" in line]
-    assert last.startswith("error: 1 rows of ") and "bad_rows" in last
+    assert last.startswith("error: 1 row of ")
+    assert "bad_rows" in last
     # Without it, the model is what is missing.
     assert "no/such-model" in run("mapo", folder, "out", "--model", "no/such-model", "--quiet")[2].splitlines()[-1]
 
@@ -112,7 +120,8 @@ def test_a_dry_run_leaves_loras_and_every_setting(run: Run, photo_pairs: Path, t
     )  # fmt: skip
     assert code == 0, err
     exported = [Path(line) for line in out.splitlines()]
-    assert len(exported) == 2 and all(path.is_relative_to("out/dry-run") for path in exported)
+    assert len(exported) == 2
+    assert all(path.is_relative_to("out/dry-run") for path in exported)
     for path in exported:
         weights = load_file(path)
         assert any(value.any() for name, value in weights.items() if "up" in name or "lora_B" in name)
@@ -137,9 +146,10 @@ def test_a_bad_row_is_left_out_named_and_counted(run: Run, photo_pairs: Path, tm
     assert code == 4, err
     assert len(out.splitlines()) == 2
     assert [line for line in err.splitlines() if "left out" in line and "metadata.jsonl line 9" in line]
-    assert "1 rows were left out" in err
+    assert "1 row was left out" in err
     (entry,) = map(json.loads, (tmp_path / "out/dry-run/left_out_rows.jsonl").read_text().splitlines())
-    assert entry["name"] == "metadata.jsonl line 9" and "gone.png" in entry["message"]
+    assert entry["name"] == "metadata.jsonl line 9"
+    assert "gone.png" in entry["message"]
 
 
 def with_a_bad_row(photo_pairs: Path, tmp_path: Path) -> Path:

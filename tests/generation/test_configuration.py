@@ -26,7 +26,8 @@ KINDS = [trainer.config_class for trainer in METHODS.values()]
 # One other value for every setting that all methods have; a new setting must be added here.
 OTHER: dict[str, Any] = {
     "data": "pairs/", "output": Path("runs/ünïcode: 1"), "model": "tiny:sdxl", "vae": "other/vae", "variant": "fp16",
-    "preset": "48gb", "dry_run": True, "split": "validation", "bad_rows": "refuse", "max_pixels": 1, "resolution": 512,
+    "preset": "48gb", "dry_run": True, "split": "validation", "bad_rows": "refuse", "max_pixels": 1,
+    "filter_encoder": "bundled", "min_score": 0.1, "min_margin": -0.2, "resolution": 512,
     "aspect_buckets": True, "random_flip": True, "caption_dropout": 0.1, "cache": False, "cache_dir": Path("/tmp/c"),
     "cache_dtype": "float32", "workers": 3, "adaptation": "full", "rank": 8, "alpha": 4.5, "targets": ["to_q"],
     "lora_dropout": 0.2, "dora": True, "rslora": True, "steps": 7, "batch_size": 3, "accumulation": 5,
@@ -39,8 +40,8 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 # Settings that decide nothing about the numbers of a step.
 FREE = {
-    "output", "dry_run", "bad_rows", "cache", "cache_dir", "workers", "steps", "device", "checkpoint_every",
-    "keep_checkpoints", "probe_every", "validation_prompts", "validate_every", "validation_steps",
+    "data", "split", "preset", "output", "dry_run", "bad_rows", "cache", "cache_dir", "workers", "steps", "device",
+    "checkpoint_every", "keep_checkpoints", "probe_every", "validation_prompts", "validate_every", "validation_steps",
     "validation_guidance", "tensorboard", "wandb", "progress",
 }  # fmt: skip
 
@@ -71,12 +72,14 @@ def test_defaults_are_those_of_the_published_recipe() -> None:
     assert (config.adam_betas, config.weight_decay, config.max_grad_norm) == ((0.9, 0.999), 1e-2, 1.0)
     assert (config.rank, config.alpha, config.targets) == (64, None, ["to_q", "to_k", "to_v", "to_out.0"])
     assert (config.resolution, config.steps, config.checkpoint_every, config.keep_checkpoints) == (1024, 2000, 500, 3)
-    assert config.batch_size * config.accumulation >= 16 and config.cache
+    assert config.batch_size * config.accumulation >= 16
+    assert config.cache
     assert METHODS["diffusion-dpo"].config_class().beta == 5000  # type: ignore[attr-defined]
 
 
 def test_presets_rise_over_defaults_the_file_over_presets_and_options_over_all(write: Write) -> None:
-    assert MaPOConfig().batch_size == 4 and not MaPOConfig().gradient_checkpointing
+    assert MaPOConfig().batch_size == 4
+    assert not MaPOConfig().gradient_checkpointing
     preset = load_config(MaPOConfig, {"preset": "48gb"})
     assert (preset.batch_size, preset.accumulation) == (2, 8)
     file = write("preset: 48gb\nbatch_size: 3\nlearning_rate: 1e-4\n")
@@ -84,7 +87,8 @@ def test_presets_rise_over_defaults_the_file_over_presets_and_options_over_all(w
     assert (in_file.batch_size, in_file.accumulation, in_file.learning_rate) == (3, 8, 1e-4)
     given = load_config(MaPOConfig, {"batch_size": 1, "preset": "24gb"}, file)
     assert (given.batch_size, given.accumulation, given.learning_rate) == (1, 4, 1e-4)
-    assert given.gradient_checkpointing and given.rank == 64
+    assert given.gradient_checkpointing
+    assert given.rank == 64
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -120,12 +124,15 @@ def test_defaults_are_not_shared_between_configs() -> None:
     first = MaPOConfig()
     first.targets.append("proj_in")
     first.validation_prompts.append("a dog")
-    assert MaPOConfig().targets == ["to_q", "to_k", "to_v", "to_out.0"] and MaPOConfig().validation_prompts == []
+    assert MaPOConfig().targets == ["to_q", "to_k", "to_v", "to_out.0"]
+    assert MaPOConfig().validation_prompts == []
 
 
 def test_an_unknown_setting_is_refused_with_a_suggestion(write: Write) -> None:
     message = refusal({}, write("learning_rte: 1e-5"))
-    assert "'learning_rte'" in message and "run.yaml" in message and "did you mean learning_rate?" in message
+    assert "'learning_rte'" in message
+    assert "run.yaml" in message
+    assert "did you mean learning_rate?" in message
     assert "is not a setting of rwl" in refusal({"snr_value": 1.0}, kind=RewardWeightedConfig)
     assert "did you mean" not in refusal({"zzzzzz": 1})
 
@@ -171,7 +178,8 @@ def test_a_value_that_does_not_fit_is_named(given: dict[str, Any], expected: str
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(write: Write, content: str, expected: str) -> None:
     file = write(content)
-    assert expected in refusal({}, file) and repr(str(file)) in refusal({}, file)
+    assert expected in refusal({}, file)
+    assert repr(str(file)) in refusal({}, file)
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -227,9 +235,14 @@ def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
     )  # fmt: skip
     small = dry_run_of(config)
     assert (small.model, small.vae, small.variant, small.wandb) == (tiny, None, None, None)
-    assert small.output == Path("runs/a/dry-run") and small.output in (small.cache_dir or Path()).parents
-    assert small.resolution == 64 and small.steps <= 8 and small.batch_size * small.accumulation <= 4
+    assert small.output == Path("runs/a/dry-run")
+    assert small.cache_dir == Path("big")
+    assert dry_run_of(MaPOConfig(output=Path("runs/a"))).cache_dir == Path("runs/cache")  # as the real run's
+    assert small.resolution == 64
+    assert small.steps <= 8
+    assert small.batch_size * small.accumulation <= 4
     kept = ("data", "beta", "random_flip", "dora", "targets", "gradient_checkpointing", "seed", "rank", "learning_rate")
     assert all(getattr(small, name) == getattr(config, name) for name in kept)
-    assert dry_run_of(MaPOConfig()).rank <= 8 and config.steps == 2000
+    assert dry_run_of(MaPOConfig()).rank <= 8
+    assert config.steps == 2000
     assert type(dry_run_of(RewardWeightedConfig(beta=0.0))) is RewardWeightedConfig

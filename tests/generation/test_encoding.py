@@ -34,9 +34,11 @@ def test_latents_are_samples_of_the_posterior_times_the_factor(tiny_sdxl: Any, i
     encoder = LatentEncoder(tiny_sdxl.vae, CPU)
     drawn = torch.stack([encoder.encode(image, key) for key in KEYS])
     expected = posterior(tiny_sdxl.vae, image)
-    assert drawn.shape == (150, 4, 8, 12) and drawn.dtype == torch.float32
+    assert drawn.shape == (150, 4, 8, 12)
+    assert drawn.dtype == torch.float32
     noise = (drawn / 0.13025 - expected.mean) / expected.std
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
     assert abs(noise.mean(0)).max() < 6 / 150**0.5
     assert abs(torch.corrcoef(noise.flatten(1))[~torch.eye(150, dtype=torch.bool)]).max() < 6 / 384**0.5
 
@@ -116,7 +118,8 @@ def test_unconditional_is_what_the_pipeline_guides_away_from(tiny_sdxl: Any, tin
             assert torch.equal(found["pooled_prompt_embeds"], embeds[3][0])
             assert not any(value.any() for value in found.values())
         else:
-            assert list(found) == ["prompt_embeds"] and found["prompt_embeds"].any()
+            assert list(found) == ["prompt_embeds"]
+            assert found["prompt_embeds"].any()
 
 
 def test_unconditional_of_an_sdxl_that_does_not_zero_is_the_empty_text(tiny_sdxl: Any) -> None:

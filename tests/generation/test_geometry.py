@@ -41,13 +41,17 @@ def test_a_canvas_is_covered_with_the_aspect_ratio_kept(height: int, width: int,
     assume(max(height * wide, width * tall) < 50 * min(height * wide, width * tall))
     placement = place((height, width), (tall, wide))
     (h, w), (top, left) = placement.resized, placement.crop_top_left
-    assert h >= tall and w >= wide and (h == tall or w == wide)
-    assert 0 <= top <= h - tall and 0 <= left <= w - wide
-    assert abs(top - (h - tall - top)) <= 1 and abs(left - (w - wide - left)) <= 1
-    assert abs(h - w * height / width) <= max(1, height / width) and abs(w - h * width / height) <= max(
-        1, width / height
-    )
-    assert placement.target == (tall, wide) and placement.original == (height, width)
+    assert h >= tall
+    assert w >= wide
+    assert h == tall or w == wide
+    assert 0 <= top <= h - tall
+    assert 0 <= left <= w - wide
+    assert abs(top - (h - tall - top)) <= 1
+    assert abs(left - (w - wide - left)) <= 1
+    assert abs(h - w * height / width) <= max(1, height / width)
+    assert abs(w - h * width / height) <= max(1, width / height)
+    assert placement.target == (tall, wide)
+    assert placement.original == (height, width)
 
 
 @pytest.mark.parametrize("target", [(96, 96), (64, 128), (128, 64)])
@@ -57,7 +61,8 @@ def test_pixels_are_those_of_pillow_and_torchvision(photos: Path, target: tuple[
     source = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     placement = place((image.height, image.width), target)
     made = pixels(source, placement)
-    assert made.shape == (3, *target) and made.dtype == torch.float32
+    assert made.shape == (3, *target)
+    assert made.dtype == torch.float32
 
     box = (
         *placement.crop_top_left[::-1],
@@ -96,7 +101,8 @@ def test_image_1_of_another_shape_is_stretched_to_image_0(photos: Path) -> None:
     other = torch.zeros(3, 200, 80, dtype=torch.uint8)
     other[:, :100] = 255
     made = pixels(other, place((64, 128), (64, 128)))
-    assert (made[:, :30] > 0.99).all() and (made[:, 34:] < -0.99).all()
+    assert (made[:, :30] > 0.99).all()
+    assert (made[:, 34:] < -0.99).all()
 
 
 def test_size_conditioning_is_the_pipelines(tiny_sdxl: Any) -> None:

@@ -23,7 +23,8 @@ def batch(names: list[str], times: list[int], members: int = 2, pretraining: Bat
 def test_drift_is_against_the_first_look() -> None:
     probe = Probe()
     named, warnings = probe.read({"mse_w": 0.5, "mse_l": 0.4})
-    assert named == {"probe_mse_w": 0.5, "probe_mse_l": 0.4, "winner_drift": 0.0} and warnings == []
+    assert named == {"probe_mse_w": 0.5, "probe_mse_l": 0.4, "winner_drift": 0.0}
+    assert warnings == []
     named, _ = probe.read({"mse_w": 0.55, "mse_l": 0.9})
     assert named["winner_drift"] == pytest.approx(0.1)
     named, _ = probe.read({"mse_w": 0.25, "mse_l": 0.9})
@@ -35,7 +36,9 @@ def test_a_winner_error_a_fifth_above_its_start_is_told_once() -> None:
     probe.read({"mse_w": 1.0})
     assert probe.read({"mse_w": 1.19})[1] == []
     (warning,) = probe.read({"mse_w": 1.3})[1]
-    assert "30%" in warning and "lower learning rate" in warning and "\n" not in warning
+    assert "30%" in warning
+    assert "lower learning rate" in warning
+    assert "\n" not in warning
     assert probe.read({"mse_w": 1.5})[1] == []
 
 
@@ -56,7 +59,8 @@ def test_a_restored_probe_remembers() -> None:
     probe.read({"mse_w": 1.5})
     restored = Probe(**json.loads(json.dumps(probe.to_dict())))
     named, warnings = restored.read({"mse_w": 1.6})
-    assert named["winner_drift"] == pytest.approx(0.6) and warnings == []
+    assert named["winner_drift"] == pytest.approx(0.6)
+    assert warnings == []
 
 
 def test_objectives_without_winners_are_only_named() -> None:
@@ -68,7 +72,9 @@ def test_objectives_without_winners_are_only_named() -> None:
 def test_means_are_over_samples_not_batches() -> None:
     parts = [{"mse": torch.tensor([1.0, 2.0, 3.0])}, {"mse": torch.tensor([6.0], requires_grad=True)}]
     mean = mean_of(parts)["mse"]
-    assert mean.item() == 3 and mean.ndim == 0 and not mean.requires_grad
+    assert mean.item() == 3
+    assert mean.ndim == 0
+    assert not mean.requires_grad
 
 
 def test_finite_values_pass() -> None:
@@ -88,7 +94,8 @@ def test_only_the_rows_that_are_not_finite_are_named(bad: float) -> None:
     with pytest.raises(NonFiniteLossError) as caught:
         check_finite(17, {"loss": bad, "mse_w": 1.5, "mse_l": bad}, parts, batches)
     message = str(caught.value)
-    assert isinstance(caught.value, MMAlignError) and "\n" not in message
+    assert isinstance(caught.value, MMAlignError)
+    assert "\n" not in message
     assert message.startswith("step 17: loss, mse_l is not finite; rows: row 4 (timestep 40). ")
 
 
@@ -96,7 +103,8 @@ def test_a_gradient_without_a_culprit_names_all_rows_but_not_too_many() -> None:
     parts = [{"loss": torch.ones(1), "mse_w": torch.ones(10)}]
     with pytest.raises(NonFiniteLossError) as caught:
         check_finite(1, {"loss": 1.0, "grad_norm": math.nan}, parts, [batch([f"row {n}" for n in range(10)], [5] * 10)])
-    assert "row 0 (timestep 5)" in str(caught.value) and "row 8" not in str(caught.value)
+    assert "row 0 (timestep 5)" in str(caught.value)
+    assert "row 8" not in str(caught.value)
     assert "and 2 more" in str(caught.value)
 
 

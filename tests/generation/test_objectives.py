@@ -92,13 +92,15 @@ def test_score_and_slope_are_smooth_over_the_seam() -> None:
     values = mapo_score(around)
     values.sum().backward()
     assert abs(values[0] - values[1]) < 4e-16
-    assert around.grad is not None and abs(around.grad[0] - around.grad[1]) < 1e-14
+    assert around.grad is not None
+    assert abs(around.grad[0] - around.grad[1]) < 1e-14
 
 
 def test_score_falls_from_one_to_zero() -> None:
     x = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-8, 3, 500, dtype=torch.float64)])
     values = mapo_score(x)
-    assert values[0] == 1 and values[-1] == pytest.approx(0, abs=1e-300)
+    assert values[0] == 1
+    assert values[-1] == pytest.approx(0, abs=1e-300)
     assert (values.diff() <= 0).all()
 
 
@@ -153,6 +155,16 @@ def test_dpo_of_the_reference_itself_is_log_2() -> None:
     assert (terms.accuracy().item(), terms.accuracy(ties=0.0).item()) == (0.5, 0)
 
 
+def test_dpo_measures_both_gaps_by_half_of_beta() -> None:
+    target = torch.zeros(4, 1, 1, 1, dtype=torch.float64)
+    pred, ref = stacked([(0.5, 0.7), (0.2, 0.1)]), stacked([(0.6, 0.5), (0.3, 0.3)])
+    terms = diffusion_dpo_loss(pred, ref, target, beta=20.0)
+    expected = [-10 * ((0.25 - 0.49) - (0.36 - 0.25)), -10 * ((0.04 - 0.01) - 0)]
+    assert terms.z.tolist() == pytest.approx(expected)
+    assert terms.loss.item() == pytest.approx(sum(math.log1p(math.exp(-z)) for z in expected) / 2)
+    assert terms.accuracy().item() == 0.5
+
+
 def test_swapping_a_dpo_pair_negates_z() -> None:
     generator = torch.Generator().manual_seed(4)
     pred, ref, target = torch.randn(3, 6, 4, 3, 3, dtype=torch.float64, generator=generator)
@@ -167,9 +179,11 @@ def test_dpo_pulls_winners_down_and_never_moves_the_reference() -> None:
     pred, ref = (torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
     target = torch.zeros_like(pred)
     diffusion_dpo_loss(pred, ref, target, beta=2.0).loss.backward()
-    assert ref.grad is None and pred.grad is not None
+    assert ref.grad is None
+    assert pred.grad is not None
     along = (pred.grad * pred).flatten(1).sum(1)  # towards a larger error
-    assert (along[:2] > 0).all() and (along[2:] < 0).all()
+    assert (along[:2] > 0).all()
+    assert (along[2:] < 0).all()
 
 
 def test_errors_are_means_of_each_image() -> None:
@@ -194,14 +208,15 @@ def test_losses_are_never_computed_in_half_precision(dtype: torch.dtype, autocas
         errors, plain = denoising_errors(pred, target), denoising_loss(pred, target)
     for terms in every.values():
         assert all(value.dtype in (torch.float32, torch.float64) for value in terms)
-    assert plain.dtype == torch.float32 and plain.item() == pytest.approx(exact.mean().item(), rel=1e-6)
+    assert plain.dtype == torch.float32
+    assert plain.item() == pytest.approx(exact.mean().item(), rel=1e-6)
     torch.testing.assert_close(errors.double(), exact, rtol=1e-6, atol=0)
     expected_z = 1000 * (mapo_score(exact[:2] / 2) - mapo_score(exact[2:] / 2))
     torch.testing.assert_close(every["mapo"].z, expected_z, rtol=1e-4, atol=1e-4)
 
 
 def test_min_snr_is_one_loss_however_the_model_predicts() -> None:
-    """arXiv 2303.09556, 3.4: weight min(SNR, gamma) on the error of the clean image, and what that is for the others."""
+    """arXiv 2303.09556, 3.4: weight min(SNR, gamma) on the clean image's error, and what that is for the others."""
     generator = torch.Generator().manual_seed(8)
     clean, noise, noise_pred = torch.randn(3, 20, 4, 3, 3, dtype=torch.float64, generator=generator)
     kept = torch.linspace(0.005, 0.995, 20, dtype=torch.float64)
@@ -227,6 +242,9 @@ def test_rewards_weigh_images_and_beta_the_others() -> None:
     m = [torch.nn.functional.mse_loss(a, b).item() for a, b in zip(pred, target, strict=True)]
     expected = (m[1] + 0.25 * m[2]) / 3 + 2 * torch.nn.functional.mse_loss(other, other_target).item()
     assert terms.loss.item() == pytest.approx(expected)
-    assert pred.grad is not None and not pred.grad[0].any() and pred.grad[1].any()
+    assert pred.grad is not None
+    assert not pred.grad[0].any()
+    assert pred.grad[1].any()
     alone = reward_weighted_loss(pred, target, torch.ones(3))
-    assert alone.mse_pretrain is None and alone.loss.item() == pytest.approx(sum(m) / 3)
+    assert alone.mse_pretrain is None
+    assert alone.loss.item() == pytest.approx(sum(m) / 3)

@@ -37,12 +37,12 @@ def test_global_random_states_are_neither_used_nor_touched() -> None:
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (the legacy state is what must not be touched)
+        np.random.seed(seed)
         random.seed(seed)
-        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
         found.append(draw())
         assert torch.equal(before[0], torch.get_rng_state())
-        assert before[1:] == (repr(np.random.get_state()), random.getstate())  # noqa: NPY002
+        assert before[1:] == (repr(np.random.get_state()), random.getstate())
     assert found[0] == found[1]
 
 
@@ -80,7 +80,9 @@ def test_noise_is_standard_normal_and_independent() -> None:
 
 def test_timesteps_are_uniform() -> None:
     draws = timesteps(0, range(20_000), 1000)
-    assert draws.dtype == torch.int64 and draws.min() == 0 and draws.max() == 999
+    assert draws.dtype == torch.int64
+    assert draws.min() == 0
+    assert draws.max() == 999
     assert stats.chisquare(np.bincount(draws.numpy() // 50)).pvalue > 1e-4
     neighbours = np.corrcoef(draws[:-1].numpy(), draws[1:].numpy())[0, 1]
     assert abs(neighbours) < 0.04
@@ -133,7 +135,9 @@ def test_a_single_bucket_walks_a_permutation_and_fills_its_last_batch() -> None:
 
 def test_fewer_items_than_a_batch_are_repeated() -> None:
     batch = BucketedBatches(["square"] * 2, 5, 0)[0]
-    assert len(batch) == 5 and sorted(set(batch)) == [0, 1] and batch[:2] == batch[2:4]
+    assert len(batch) == 5
+    assert sorted(set(batch)) == [0, 1]
+    assert batch[:2] == batch[2:4]
 
 
 @pytest.mark.parametrize("seed", [0, 2**40, 10**18])

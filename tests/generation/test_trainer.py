@@ -494,7 +494,7 @@ def test_bad_rows_are_refused_before_a_model_is_loaded(run, tmp_path, photo_pair
     data = tmp_path / "pairs"
     shutil.copytree(photo_pairs, data)
     (data / "0-0.png").write_bytes((data / "0-0.png").read_bytes()[:500])
-    with pytest.raises(InputError, match=r"1 rows of .* cannot be used"):
+    with pytest.raises(InputError, match=r"1 row of .* cannot be used"):
         run(data=str(data), bad_rows="refuse", model="no/such-model")
 
 

@@ -57,7 +57,8 @@ def test_the_winner_comes_first_and_image_0_gives_the_size() -> None:
 def test_single_images_give_their_own_sizes() -> None:
     pair = example(1, ((100, 200), (300, 150)))
     (winner,) = samples_of([pair], 64, unit="winners")
-    assert winner.columns == (1,) and winner.placement.time_ids == (300, 150, 32, 0, 64, 64)
+    assert winner.columns == (1,)
+    assert winner.placement.time_ids == (300, 150, 32, 0, 64, 64)
     both = samples_of([pair], 64, unit="images")
     assert [sample.columns for sample in both] == [(1,), (0,)]
     assert [sample.placement.original for sample in both] == [(300, 150), (100, 200)]
@@ -85,13 +86,15 @@ def test_captioned_images_are_winners_of_reward_1_or_their_own() -> None:
     for rewards, expected in ((None, 1.0), ((0.3,), 0.3)):
         for unit in ("winners", "images"):
             (sample,) = samples_of([example(0, ((64, 64),), rewards)], 64, unit=unit)
-            assert sample.reward == expected and len(sample.images) == 1
+            assert sample.reward == expected
+            assert len(sample.images) == 1
 
 
 def test_a_pair_shares_the_bucket_of_image_0() -> None:
     (wide,) = samples_of([example(1, ((100, 200), (200, 100)))], 256, buckets=True)
     (square,) = samples_of([example(1, ((100, 200), (200, 100)))], 256)
-    assert wide.placement.target in aspect_buckets(256) and wide.placement.target[1] > wide.placement.target[0]
+    assert wide.placement.target in aspect_buckets(256)
+    assert wide.placement.target[1] > wide.placement.target[0]
     assert square.placement.target == (256, 256)
 
 
@@ -124,9 +127,11 @@ def test_a_pair_shares_noise_time_caption_and_sizes(checked_pairs: CheckedData, 
     for place, pair in enumerate((3, 0, 2)):
         expected = prompt_encoder.encode(checked_pairs.examples[pair].caption)
         assert torch.equal(batch.conditioning.prompt_embeds[place], expected["prompt_embeds"])
-        assert batch.conditioning.time_ids is not None and batch.conditioning.time_ids.dtype == torch.float32
+        assert batch.conditioning.time_ids is not None
+        assert batch.conditioning.time_ids.dtype == torch.float32
         assert batch.conditioning.time_ids[place].tolist() == list(data.samples[pair].placement.time_ids)
-    assert batch.rewards is not None and batch.rewards.tolist() == [1, 1, 1]
+    assert batch.rewards is not None
+    assert batch.rewards.tolist() == [1, 1, 1]
 
 
 def test_images_by_themselves_share_nothing(checked_pairs: CheckedData, prompt_encoder: PromptEncoder) -> None:
@@ -134,9 +139,11 @@ def test_images_by_themselves_share_nothing(checked_pairs: CheckedData, prompt_e
     assert len(data.samples) == 16
     batch = data.batch([0, 1], [0, 1])  # both of one pair
     assert len(batch.latents) == len(batch.names) == 2
-    assert not torch.equal(batch.noise[0], batch.noise[1]) and batch.timesteps[0] != batch.timesteps[1]
+    assert not torch.equal(batch.noise[0], batch.noise[1])
+    assert batch.timesteps[0] != batch.timesteps[1]
     assert torch.equal(batch.conditioning.prompt_embeds[0], batch.conditioning.prompt_embeds[1])
-    assert batch.rewards is not None and batch.rewards.tolist() == [1, 0]
+    assert batch.rewards is not None
+    assert batch.rewards.tolist() == [1, 0]
 
 
 def test_winners_are_the_same_images_as_in_pairs(
@@ -173,9 +180,11 @@ def test_dropped_captions_become_the_unconditional_embedding(
     assert pooled is not None
     caption = prompt_encoder.encode(checked_pairs.examples[0].caption)["prompt_embeds"]
     dropped = [not embed.any() for embed in embeds]
-    assert 8 < sum(dropped[:40]) < 32 and dropped[:40] == dropped[40:]
+    assert 8 < sum(dropped[:40]) < 32
+    assert dropped[:40] == dropped[40:]
     for drop, embed, pool in zip(dropped, embeds, pooled, strict=True):
-        assert torch.equal(embed, torch.zeros_like(embed) if drop else caption) and drop == (not pool.any())
+        assert torch.equal(embed, torch.zeros_like(embed) if drop else caption)
+        assert drop == (not pool.any())
     every = encoded(checked_pairs, prompt_encoder, caption_dropout=1.0).batch([0, 2], [0, 1])
     assert not every.conditioning.prompt_embeds.any()
 
@@ -207,7 +216,8 @@ def test_latents_are_float32_rounded_to_what_a_cache_would_hold(
         .latents
         for dtype in (torch.float16, torch.float32)
     ]
-    assert batches[0].dtype == torch.float32 and torch.equal(batches[0].half().float(), batches[0])
+    assert batches[0].dtype == torch.float32
+    assert torch.equal(batches[0].half().float(), batches[0])
     assert not torch.equal(batches[1].half().float(), batches[1])
 
 
