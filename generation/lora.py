@@ -230,6 +230,26 @@ def _initialise(model: nn.Module, rank: int, init: str, seed: int) -> None:
                 base = layer.get_base_layer().weight.float()
                 magnitude = layer.lora_magnitude_vector[ADAPTER].float().weight
                 magnitude.copy_(torch.linalg.vector_norm(base.flatten(1), dim=1).view_as(magnitude))
+            elif layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16):
+                # peft would raise a copy of every input to float32 and multiply in float32. The same Parameters, used
+                # in the input's precision, need neither those copies nor autocast with its float32 normalisations.
+                layer.cast_input_dtype_enabled = False
+                for module in (down, up):
+                    module.__class__ = _LinearInInputDtype if isinstance(module, nn.Linear) else _Conv2dInInputDtype
+
+
+class _LinearInInputDtype(nn.Linear):
+    """Float32 weights that multiply in the precision of their input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+class _Conv2dInInputDtype(nn.Conv2d):
+    """Float32 weights that convolve in the precision of their input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight.to(input.dtype), None)
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:

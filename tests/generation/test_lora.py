@@ -280,3 +280,36 @@ def test_one_adapter_only(unet: nn.Module) -> None:
     add_lora(unet, rank=1, seed=0)
     with pytest.raises(InputError, match="already has the adapter 'default'"):
         add_lora(unet, rank=1, seed=0)
+
+
+def test_on_a_half_precision_base_the_adapter_multiplies_in_half_precision_without_autocast() -> None:
+    """The gradients are float32, and those that peft's own layers have under autocast."""
+    from generation.tiny import tiny_pipeline
+
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 64, generator=generator)
+    pooled, sizes = torch.randn(2, 32, generator=generator), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    half = torch.bfloat16
+
+    def gradients(as_peft_has_them: bool) -> tuple[Tensor, set[torch.dtype]]:
+        unet = tiny_pipeline("sdxl").unet.to(half)
+        parameters = add_lora(unet, rank=4, targets=["to_q", "to_v", "conv1"], seed=0)
+        seen: set[torch.dtype] = set()
+        for name, module in unet.named_modules():
+            if as_peft_has_them and hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = True
+            if name.endswith(("lora_A.default", "lora_B.default")):
+                if as_peft_has_them:
+                    module.__class__ = type(module).__mro__[1]
+                module.register_forward_hook(lambda _, args, out: seen.update((args[0].dtype, out.dtype)))
+        with torch.autocast("cpu", half, enabled=as_peft_has_them):
+            added = {"text_embeds": pooled.to(half), "time_ids": sizes}
+            output = unet(sample.to(half), 500, text.to(half), added_cond_kwargs=added).sample
+        output.float().square().mean().backward()
+        assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), seen
+
+    (ours, seen), (peft, seen_by_peft) = gradients(False), gradients(True)
+    assert seen == {half}
+    assert torch.float32 in seen_by_peft  # the copies that are spared
+    torch.testing.assert_close(ours, peft, rtol=1e-2, atol=1e-3 * peft.abs().max().item())
