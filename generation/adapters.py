@@ -181,12 +181,12 @@ def _left_over(pipeline: DiffusionPipeline, keys: list[str], name: str) -> list[
 def _misfit(pipeline: DiffusionPipeline, adapter: Adapter, shapes: Mapping[str, Sequence[int]], what: str) -> str:
     family, own = adapter_family(shapes), pipeline_family(pipeline)
     if not any("lora" in key for key in shapes):
-        remedy = "it holds no LoRA; give one"
-    elif family is None or family == own:
-        remedy = f"give a LoRA that was made for this {own} model"
-    else:
-        remedy = f"it seems to be made for {family} and this model is {own}; give the model it was made for"
-    return f"adapter {adapter.name} {what}; {remedy}"
+        return f"adapter {adapter.name} {what}; it holds no LoRA; give one"
+    if family is None or family == own:
+        return f"adapter {adapter.name} {what}; give a LoRA that was made for this {own} model"
+    return (
+        f"adapter {adapter.name} seems to be made for {family} and this model is {own}; give the model it was made for"
+    )
 
 
 def _adaptable_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -210,6 +210,8 @@ def _only_file(names: Sequence[str], where: str) -> str:
     if "pytorch_lora_weights.safetensors" in names:
         return "pytorch_lora_weights.safetensors"
     if len(names) != 1:
+        if not names and (Path(where) / "export").is_dir():
+            raise InputError(f"adapter {where} is a run folder; give {Path(where) / 'export'}")
         found = f"several: {', '.join(names[:4])}" if names else "none"
         raise InputError(f"adapter {where} should have one .safetensors file and has {found}; give the file itself")
     return names[0]

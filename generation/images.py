@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mmalign.errors import InputError
 
-__all__ = ["GeneratedImage", "read_settings", "saved_or_free"]
+__all__ = ["GeneratedImage", "read_settings", "refuse_folder", "saved_or_free"]
 
 _KEY = "mmalign"
 
@@ -98,6 +98,21 @@ def saved_or_free(folder: Path, number: int, prompt: str, seed: int, settings: M
         except InputError:
             pass
         copy += 1
+
+
+def refuse_folder(folder: Path) -> None:
+    """Find before anything is drawn that images cannot be saved in a folder, which need not exist yet.
+
+    Raises:
+        InputError: it is a file, below a file, or not to be written to.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{folder} cannot be a folder, as {place} is a file; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written to (no permission in {place}); choose another place")
 
 
 def _refuse(path: str | Path) -> dict[str, Any]:

@@ -192,7 +192,9 @@ def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None, parts: d
     if missing:
         raise InputError(f"{folder} lacks {', '.join(f'{name}/' for name in missing)}; copy the whole pipeline again")
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **parts)
+        return DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, local_files_only=True, **parts
+        )
     except Exception as error:
         raise InputError(_variant_hint(f"pipeline {folder}", error, variant)) from None
 
@@ -201,7 +203,7 @@ def _load_hub(name: str, dtype: torch.dtype, variant: str | None, parts: dict[st
     from diffusers import DiffusionPipeline
 
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, **parts)
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, variant=variant, **parts)
     except Exception as error:
         if variant is not None and f"variant={variant}" in str(error):
             raise InputError(_variant_hint(f"model {name!r}", error, variant)) from None
@@ -231,7 +233,7 @@ def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> Diffusi
 
     layout = _single_file_layout(path)
     try:
-        return getattr(diffusers, FAMILIES[_LAYOUTS[layout]]).from_single_file(str(path), dtype=dtype, **parts)
+        return getattr(diffusers, FAMILIES[_LAYOUTS[layout]]).from_single_file(str(path), torch_dtype=dtype, **parts)
     except Exception as error:
         if _is_about_the_hub(error):
             repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout]["pretrained_model_name_or_path"]
@@ -297,9 +299,9 @@ def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
     path = Path(vae)
     try:
         if path.is_file():
-            return AutoencoderKL.from_single_file(str(path), dtype=dtype)
+            return AutoencoderKL.from_single_file(str(path), torch_dtype=dtype)
         subfolder = {"subfolder": "vae"} if (path / "vae").is_dir() else {}
-        return AutoencoderKL.from_pretrained(str(vae), dtype=dtype, **subfolder)
+        return AutoencoderKL.from_pretrained(str(vae), torch_dtype=dtype, **subfolder)
     except Exception as error:
         if path.exists() and not _is_about_the_hub(error):
             raise InputError(f"VAE {path} cannot be loaded ({one_line(error)}); give an AutoencoderKL") from None

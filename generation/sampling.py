@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from mmalign.errors import InputError
 from mmalign.progress import progress_bar
 
 from .adapters import Adapter, adapters_applied, find_adapter
-from .images import GeneratedImage, saved_or_free
+from .images import GeneratedImage, refuse_folder, saved_or_free
 from .pipelines import DEFAULT_MODEL, load_pipeline, pipeline_family
 
 if TYPE_CHECKING:
@@ -97,13 +98,16 @@ def generate_each(prompts: str | Sequence[str], **options: Any) -> Iterator[Gene
     jobs = _plan(given.prompts, given.negative_prompt, given.seed, given.images_per_prompt)
     adapters = _find_adapters(given.adapter, given.adapter_weight)
     batch_size = _positive("batch_size", given.batch_size) or _BATCH_SIZE
+    if given.out is not None:
+        refuse_folder(Path(given.out))
     pipeline = load_pipeline(given.model, device=given.device, dtype=given.dtype)
     call = _call_options(pipeline, given)
     settings = _settings(pipeline, given.model, adapters, call)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(progress_bar("generating", total=len(jobs), enabled=given.progress))
         stack.enter_context(_borrowed(pipeline, ours=pipeline is not given.model))
+        stack.enter_context(_without_false_alarms())
         stack.enter_context(adapters_applied(pipeline, adapters))
+        advance = stack.enter_context(progress_bar("generating", total=len(jobs), enabled=given.progress))
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images = _finish(pipeline, batch, call, settings, given.out)
@@ -184,6 +188,21 @@ def _borrowed(pipeline: DiffusionPipeline, ours: bool) -> Iterator[None]:
             del pipeline._progress_bar_config
         else:
             pipeline._progress_bar_config = bars
+
+
+@contextlib.contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """Keep two loggers still: of a VAE that is cast on purpose, and of tokens before diffusers cuts them and says so."""
+    names = ("diffusers.models.modeling_utils", "transformers.tokenization_utils_base")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _plan(prompts: Any, negative: Any, seed: Any, images_per_prompt: int) -> list[_Job]:

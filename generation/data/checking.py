@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,9 @@ def _check_options(
     for name, value in (("max_pixels", max_pixels), ("min_side", min_side), ("workers", workers)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; give 1 or more")
+    for name, bound in (("min_score", min_score), ("min_margin", min_margin)):
+        if bound is not None and not math.isfinite(bound):
+            raise InputError(f"{name} is {bound}; give a finite number")
     if score is None and (min_score is not None or min_margin is not None):
         raise InputError("min_score and min_margin need a score (--filter-encoder on the command line)")
     if score is not None and min_score is None and min_margin is None:
@@ -237,7 +241,8 @@ def _check_values(row: Row, width: int) -> Iterator[tuple[str, str]]:
         if label == 0.5:
             yield "tie", "label_0 is 0.5: neither image is preferred"
         elif not isinstance(label, int | float) or label not in (0, 1):
-            yield "bad_label", f"label_0 is {str(label)[:60]!r}; it must be 1 (image 0 is preferred), 0 or 0.5 (a tie)"
+            found = "missing" if label is None else ("the text " if isinstance(label, str) else "") + repr(label)[:60]
+            yield "bad_label", f"label_0 is {found}; it must be the number 1 (image 0 is preferred), 0 or 0.5 (a tie)"
     for number, reward in enumerate(row.rewards or ()):
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= sys.float_info.max:
             yield "bad_reward", f"the reward of image {number} is {str(reward)[:60]!r}, not a finite number"

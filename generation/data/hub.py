@@ -68,7 +68,10 @@ def _load(name: str, split: str) -> Any:
         ) from None
     try:
         if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[split]
+            splits = datasets.load_from_disk(str(path))
+            if split not in splits:
+                raise ValueError(f"it has the splits {', '.join(splits)}")
+            return splits[split]
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path) if path.exists() else name, split=split)

@@ -17,7 +17,7 @@ __all__ = ["RowSource", "digest_files", "open_source", "walk"]
 
 LAYOUTS = (
     "Parquet files (jpg_0, jpg_1, label_0, caption, or image, caption), a folder with metadata.jsonl, "
-    "or twin folders winner/ and loser/"
+    "twin folders winner/ and loser/, a folder written by save_to_disk"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -55,10 +55,11 @@ def open_source(data: str | Path | RowSource, *, split: str | None = None) -> Ro
 
     Args:
         data: a Parquet file or a folder of them (at any depth); a folder with `metadata.jsonl`, or such a file; a
-            folder with `winner/` and `loser/`; `datasets:NAME` (a hub name or path for `datasets.load_dataset`), which
-            a bare `ORG/NAME` that is no path here also means.
-        split: for `datasets:` its split ("train" by default); for a folder of Parquet files those of that name
-            (`train-00000-of-00010.parquet`, `train/0.parquet`).
+            folder with `winner/` and `loser/`; a folder that `save_to_disk` of the `datasets` library wrote;
+            `datasets:NAME` (a hub name or path for `datasets.load_dataset`), which a bare `ORG/NAME` that is no path
+            here also means.
+        split: for `datasets:` and `save_to_disk` the split ("train" by default); for a folder of Parquet files those
+            of that name (`train-00000-of-00010.parquet`, `train/0.parquet`).
 
     Raises:
         InputError: nothing of these is there, columns are missing, or the dataset cannot be loaded.
@@ -66,6 +67,8 @@ def open_source(data: str | Path | RowSource, *, split: str | None = None) -> Ro
     if isinstance(data, RowSource):
         return data
     text = os.fspath(data)
+    if not text.strip():
+        raise InputError(f"the training data have no name; give {LAYOUTS}, or datasets:NAME")
     if text.startswith("datasets:"):
         from .hub import HubSource
 
@@ -107,6 +110,13 @@ def _open_folder(path: Path, split: str | None) -> RowSource:
     if twins:
         absent = "loser" if twins == ["winner"] else "winner"
         raise InputError(f"{str(path)!r} has a folder {twins[0]}/ but no {absent}/; add it, with files of equal names")
+    several_splits = (path / "dataset_dict.json").is_file()
+    if several_splits or all((path / name).is_file() for name in ("dataset_info.json", "state.json")):
+        from .hub import HubSource
+
+        if not several_splits:
+            _refuse_split(str(path), split)
+        return HubSource(str(path), split or "train")
     files = [file for file in walk(path) if file.suffix.lower() in (".parquet", ".pq")]
     if split is not None:
         of_split = [file for file in files if _is_of_split(file.relative_to(path), split)]

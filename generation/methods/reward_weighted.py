@@ -78,7 +78,9 @@ class RewardWeightedTrainer(Trainer):
         if config.beta > 0 and config.pretraining_data is not None:
             other = replace(config, seed=config.seed + 1_000_003)
             report = "left_out_pretraining_rows.jsonl"
-            checked = check(other, self.accelerator, config.pretraining_data, "winners", report=report)
+            checked = check(
+                other, self.accelerator, config.pretraining_data, "winners", report=report, score=self._score
+            )
             self._pretraining = encode(other, self.accelerator, checked, "winners", prepared.encoders)
             if config.cache:
                 prepared.encoders.release()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..export import DIFFUSERS_FILE, export_lora
 from ..lora import add_lora, load_lora_state, lora_disabled
 from .configuration import TrainingConfig
+from .hardware import training_dtype
 
 __all__ = ["FullAdaptation", "LoraAdaptation", "adapt"]
 
@@ -56,15 +57,21 @@ class LoraAdaptation:
 
 
 class FullAdaptation:
-    """All weights in float32; the reference, where a method needs one, is a frozen copy in half precision."""
+    """All weights in float32; the reference, where a method needs one, is a frozen copy in the run's precision."""
 
     def __init__(self, network: nn.Module, config: TrainingConfig, *, reference: bool) -> None:
         self.network = network
         self._copy: nn.Module | None = None
         if reference:
-            half = torch.bfloat16 if config.precision in ("auto", "bfloat16") else torch.float16
-            on_gpu = next(network.parameters()).device.type == "cuda"
-            self._copy = copy.deepcopy(network).to(half if on_gpu else torch.float32).requires_grad_(False).eval()
+            device = next(network.parameters()).device
+            self._dtype, self._device = training_dtype(config, device), device.type
+            self._copy = copy.deepcopy(network).requires_grad_(False).eval()
+            for module in self._copy.modules():
+                # The network runs under autocast, which keeps normalisations in float32 and rounds all other weights.
+                # Rounded alike, the copy answers bit for bit what the network did before its first step.
+                if not isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.data.to(self._dtype)
         network.requires_grad_(True)
         self.parameters = list(network.parameters())
 
@@ -72,7 +79,8 @@ class FullAdaptation:
     def reference(self) -> Iterator[nn.Module]:
         """The network as it was before training."""
         assert self._copy is not None, "this method declared no need of a reference"
-        with torch.no_grad():
+        half = self._dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self._device, self._dtype if half else None, enabled=half):
             yield self._copy
 
     def save(self, folder: Path) -> None:
@@ -91,6 +99,7 @@ class FullAdaptation:
         self.network.save_config(target)  # type: ignore[operator]
         temporary = target / ".weights.tmp"
         save_file(self._state() if state is None else state, temporary, metadata={"format": "pt", **notes})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         temporary.replace(target / SAFETENSORS_WEIGHTS_NAME)
         return [target]
 
@@ -113,7 +122,10 @@ class MovingAverage:
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
         from diffusers.training_utils import EMAModel
 
-        self._parameters, self._ema = parameters, EMAModel(parameters, decay=decay)
+        # All at once: one by one, the 1,120 tensors of SDXL's LoRA are some 3,000 launches a step. But that takes
+        # room for one more copy, which a full fine-tune does not have.
+        at_once = sum(parameter.numel() for parameter in parameters) < 500_000_000
+        self._parameters, self._ema = parameters, EMAModel(parameters, decay=decay, foreach=at_once)
 
     def step(self) -> None:
         """After each optimiser step."""

@@ -106,7 +106,9 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the frozen weights and the forward pass; adapters are float32 always. (auto: bfloat16 on a GPU)"
     )
-    gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, 1.46 x the arithmetic.")
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations: less memory, 1.46 x the arithmetic.", fixed=False
+    )
     seed: int = setting(0, "Names the whole run: order, noise, timesteps, LoRA initialisation.", ge=0)
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps. (default: the fastest present)", fixed=False)
 

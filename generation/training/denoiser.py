@@ -69,9 +69,14 @@ class Denoiser:
     """A UNet of SDXL or SD 1.5 with its training schedule (DDPM, from the pipeline's own scheduler settings)."""
 
     def __init__(self, network: nn.Module, scheduler_config: Mapping[str, Any]) -> None:
-        """Raises InputError for a model that predicts neither noise nor velocity."""
+        """Raises InputError for a model that predicts neither noise nor velocity, or is scaled as in EDM."""
         from diffusers import DDPMScheduler
 
+        if "sigma_data" in scheduler_config:  # their config says epsilon or v_prediction as well, in another scaling
+            raise InputError(
+                "the model is one of EDM's kind (Playground 2.5, CosXL), whose noise and inputs are scaled otherwise; "
+                "train SDXL, SD 1.5 or a fine-tune of those"
+            )
         self.network = network
         self.schedule = DDPMScheduler.from_config(scheduler_config)
         self.prediction_type: str = self.schedule.config.prediction_type

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mmalign.device import resolve_device, resolve_dtype
@@ -21,7 +23,15 @@ from .configuration import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["is_sharded", "make_accelerator", "make_optimizer", "make_schedule", "peak_memory", "training_dtype"]
+__all__ = [
+    "is_sharded",
+    "limits_told",
+    "make_accelerator",
+    "make_optimizer",
+    "make_schedule",
+    "peak_memory",
+    "training_dtype",
+]
 
 # Other ranks wait while one checks 335 GB of rows; the usual ten minutes would end the run.
 _PATIENCE = timedelta(hours=48)
@@ -70,7 +80,7 @@ def training_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     dtype = resolve_dtype(config.precision)
     if dtype == torch.float16 and device.type != "cuda":
         raise InputError("precision float16 needs a CUDA device (loss scaling); use bfloat16 or float32")
@@ -109,6 +119,29 @@ def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> A
 
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max(config.steps, 1))
+
+
+@contextmanager
+def limits_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """Turn what no setting rules out beforehand, a full GPU or disk, into an InputError with the ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size, accumulation = config.batch_size, config.accumulation
+        ways = [f"batch_size {size // 2} with accumulation {accumulation * 2}"] if size > 1 else []
+        ways += [] if config.gradient_checkpointing else ["gradient_checkpointing"]
+        ways += ["optimizer adamw8bit"] if config.optimizer == "adamw" else []
+        raise InputError(
+            f"training does not fit in the memory of {device}; give {' or '.join(ways) or 'a lower resolution'} "
+            "(in another output, if this one has checkpoints)"
+        ) from None
+    except BrokenPipeError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the run in {str(config.output)!r} was stopped by the system: {' '.join(str(error).split())}; "
+            "mend that and run the same command again, it goes on from the newest checkpoint"
+        ) from error
 
 
 def peak_memory(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ def check_finite(
     batches: Sequence[Batch],
     *,
     but: Sequence[str] = (),
+    gather: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Stop at the first value that is not finite, naming the rows it came from.
 
@@ -79,6 +80,8 @@ def check_finite(
         step: for the message.
         values: means over the step; those named in `but` may be infinite.
         parts: the same values sample by sample, for each of `batches`.
+        batches: of this process.
+        gather: joins a list with those of all processes, which see the same `values` and so all come here.
 
     Raises:
         NonFiniteLossError: with step, values, rows and timesteps.
@@ -100,8 +103,9 @@ def check_finite(
                 per_row = [value[place] for value in found.values() if len(value) == len(seen.names)]
                 if not all(bool(torch.isfinite(value)) for value in per_row):
                     suspects.append(named)
-    shown = (suspects or rows)[:8]
-    more = len(suspects or rows) - len(shown)
+    named_rows = gather(suspects) or gather(rows)
+    shown = named_rows[:8]
+    more = len(named_rows) - len(shown)
     raise NonFiniteLossError(
         f"step {step}: {', '.join(bad)} is not finite; rows: {', '.join(shown)}{f' and {more} more' if more else ''}. "
         "Nothing was updated since the last step; look at these rows, lower the learning rate, or train in bfloat16 "

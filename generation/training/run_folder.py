@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from mmalign.errors import InputError
 
@@ -120,11 +121,17 @@ class RunFolder:
                 if target.exists():
                     _remove(target)
                 fresh.replace(target)
+                _sync_path(root)  # the name must last before the checkpoint before it goes
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            # torch.save says of a full disk only where in its own file it stopped
+            full = isinstance(error, RuntimeError)
+            reason = "the disk is full" if full else getattr(error, "strerror", None) or error
             raise InputError(
-                f"the checkpoint of step {step} could not be written to {str(root)!r} ({error.strerror or error}); "
+                f"the checkpoint of step {step} could not be written to {str(root)!r} ({reason}); "
                 "make room and run the same command again, it goes on from the one before"
             ) from None
         for old in self.checkpoints()[:-keep]:
@@ -159,11 +166,17 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir() and os.name == "nt":
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in folder.rglob("*"):
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    """Onto the disk: a file's content, or the names in a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -37,7 +37,15 @@ from .adaptation import MovingAverage, adapt
 from .configuration import TrainingConfig, dry_run_of
 from .curves import draw_curves
 from .denoiser import Batch, Denoiser
-from .hardware import is_sharded, make_accelerator, make_optimizer, make_schedule, peak_memory, training_dtype
+from .hardware import (
+    is_sharded,
+    limits_told,
+    make_accelerator,
+    make_optimizer,
+    make_schedule,
+    peak_memory,
+    training_dtype,
+)
 from .interruption import Interruption
 from .monitor import Probe, check_finite, mean_of
 from .preparation import Prepared, prepare
@@ -111,16 +119,18 @@ class Trainer(ABC):
         Ctrl-C or SIGTERM ends the current step, saves a checkpoint and raises KeyboardInterrupt.
 
         Raises:
-            InputError: a setting, the data, or a run folder of other settings.
+            InputError: a setting, the data, a run folder of other settings, a full disk, or too little GPU memory.
             NonFiniteLossError: the loss is not a number any more; rows and step are named.
         """
         if not self.config.data:
             raise InputError("no training data given; set data to a folder, Parquet files or datasets:NAME")
         if self.config.output == Path():
             raise InputError("no run folder given; set output, e.g. runs/first")
+        self.step, self._probe, self._warnings = 0, Probe(), []
         self.accelerator = make_accelerator(self.config)
         self._check_sharding()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(limits_told(self.config, self.accelerator.device))
             if self.accelerator.is_main_process:
                 stack.enter_context(self._folder.locked())
             checkpoint = self._open_folder()
@@ -160,6 +170,7 @@ class Trainer(ABC):
         if self.accelerator.distributed_type.name == "DEEPSPEED":
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.config.batch_size
+            plugin.deepspeed_config["gradient_clipping"] = self.config.max_grad_norm
         wrapped, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network: nn.Module = wrapped
         self._trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
@@ -178,6 +189,8 @@ class Trainer(ABC):
         Raises:
             NonFiniteLossError: before anything was updated.
         """
+        from accelerate.utils import gather_object
+
         parts: list[dict[str, Tensor]] = []
         for batch in batches:
             with self.accelerator.accumulate(self.network), self._dropout_stream(batch, len(parts)):
@@ -186,10 +199,13 @@ class Trainer(ABC):
                 self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self._trained, self.config.max_grad_norm)
         means = mean_of(parts)
+        if hasattr(norm, "full_tensor"):  # FSDP 2 gives a DTensor, which mixes with no other
+            norm = norm.full_tensor()
         means["grad_norm"] = torch.as_tensor(norm if norm is not None else 0.0, device=means["loss"].device)
         values = self._gathered(means)
         scaled = self.accelerator.scaler is not None  # loss scaling skips a step with infinite gradients by itself
-        check_finite(self.step + 1, values, parts, batches, but=("grad_norm",) if scaled else ())
+        but = ("grad_norm",) if scaled else ()
+        check_finite(self.step + 1, values, parts, batches, but=but, gather=gather_object)
         values["learning_rate"] = self._schedule.get_last_lr()[0]
         self.optimizer.step()
         self._schedule.step()
@@ -300,12 +316,15 @@ class Trainer(ABC):
         self.network.train()
         values, warnings = self._probe.read({name: float(value) for name, value in mean_of(parts).items()})
         for warning in warnings:
-            self._warnings.append(f"step {self.step}: {warning}")
-            if self.accelerator.is_main_process:
-                print(f"warning: step {self.step}: {warning}", file=sys.stderr)
+            self._warn(warning)
         if self.step == 0 and self.accelerator.is_main_process:
             self._folder.log({"step": 0, **values})
         return values
+
+    def _warn(self, warning: str) -> None:
+        self._warnings.append(f"step {self.step}: {warning}")
+        if self.accelerator.is_main_process:
+            print(f"warning: {self._warnings[-1]}", file=sys.stderr)
 
     def _gathered(self, means: dict[str, Tensor]) -> dict[str, float]:
         """One transfer from the device, and one mean over processes, for all values."""
@@ -324,8 +343,8 @@ class Trainer(ABC):
         if not self.config.lora_dropout:
             yield
             return
-        rank = self.accelerator.process_index
-        with torch.random.fork_rng():
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(stream(self.config.seed, "lora dropout", self.step, micro, rank).initial_seed())
             yield
 
@@ -348,13 +367,14 @@ class Trainer(ABC):
                 if self._average is not None:
                     with self._average.applied():
                         self._adaptation.export(folder / "averaged", {}, None)
+            if main:
                 torch.save(
                     {name: part.state_dict() for name, part in self._stateful().items()}, folder / "optimizer.pt"
                 )
-            if main:
                 about = {
                     "step": self.step,
                     "data": prepared.fingerprint,
+                    "processes": self.accelerator.num_processes,
                     "probe": self._probe.to_dict(),
                 }
                 (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -374,20 +394,20 @@ class Trainer(ABC):
             self.accelerator.load_state(str(checkpoint.path / "sharded"))
         else:
             self._adaptation.load(checkpoint.path)
-            # weights_only: tensors and plain containers, no code
-            states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
-            for name, part in self._stateful().items():
-                part.load_state_dict(states[name])
+        # weights_only: tensors and plain containers, no code
+        states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        for name, part in self._stateful().items():
+            part.load_state_dict(states[name])
         self._probe = Probe(**about["probe"])
         self.step = about["step"]
+        before, now = about["processes"], self.accelerator.num_processes
+        if before != now:
+            self._warn(f"begun with {before} processes and resumed with {now}: batches differ from an undisturbed run")
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {
-            "optimizer": self.optimizer,
-            "schedule": self._schedule,
-            "average": self._average,
-            "scaler": self.accelerator.scaler,
-        }
+        parts = {"schedule": self._schedule, "average": self._average}
+        if not is_sharded(self.accelerator):  # accelerate saves its own, not the schedule
+            parts |= {"optimizer": self.optimizer, "scaler": self.accelerator.scaler}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _export(self, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from enum import Enum
@@ -40,12 +41,13 @@ def data_check(
     data: Annotated[
         str,
         typer.Argument(
-            help="Parquet files, a folder with metadata.jsonl, a folder with winner/ and loser/, or datasets:NAME.",
+            help="Parquet files, a folder with metadata.jsonl, with winner/ and loser/, or of save_to_disk, or "
+            "datasets:NAME.",
             show_default=False,
         ),
     ],
     split: Annotated[
-        str | None, typer.Option(help="Of datasets:NAME (default: train), or of a folder of Parquet files.")
+        str | None, typer.Option(help="Of datasets:NAME or save_to_disk (default: train), or of a folder of Parquet files.")
     ] = None,
     kind: Annotated[_Kind, typer.Option(help="Preference pairs, or single captioned images.")] = _Kind.pairs,
     max_pixels: Annotated[
@@ -68,7 +70,12 @@ def data_check(
 ) -> None:
     """Decode every image, look at every caption and label, and list by name what cannot be trained on.
 
-    Exit codes: 0 all rows are usable, 4 some are left out, 1 none is usable, or some are left out and --strict.
+    A line of metadata.jsonl has a caption and the image files: winner and loser;
+    or jpg_0, jpg_1 and label_0 (1: image 0 is preferred, 0: image 1, 0.5: a tie);
+    or file_name, for one image. The caption of winner/a.png is in winner/a.txt.
+
+    Exit codes: 0 all rows are usable, 4 some are left out, 1 none is usable,
+    or some are left out and --strict.
     """
     from generation.data import check_data, encoder_score
 
@@ -99,13 +106,24 @@ def data_check(
         print(json.dumps({**summary, "problems": [asdict(problem) for problem in _first_of_each(checked.problems)]}))
     else:
         _print(summary, checked.problems, report)
+    sys.stdout.flush()  # before what standard error says of it
     if not checked.examples:
-        raise InputError(f"no row of {checked.source.name!r} can be used; mend the rows listed, or give other data")
+        raise InputError(_nothing_usable(checked, kind.value))
     if checked.left_out:
         if strict:
-            say(f"error: {checked.left_out:,} rows cannot be used, and --strict is set")
+            rows = "1 row" if checked.left_out == 1 else f"{checked.left_out:,} rows"
+            say(f"error: {rows} cannot be used, and --strict is set")
             raise typer.Exit(1)
         raise typer.Exit(PARTIAL)
+
+
+def _nothing_usable(checked: CheckedData, kind: str) -> str:
+    if not len(checked.source):
+        return f"{checked.source.name!r} holds no rows; give other data"
+    wrong, other = {"pairs": ("is one image,", "images"), "images": ("is a pair,", "pairs")}[kind]
+    if checked.problems and all(problem.message.startswith(wrong) for problem in checked.problems):
+        return f"{checked.source.name!r} holds {other}, not {kind}; check them with --kind {other}"
+    return f"no row of {checked.source.name!r} can be used; mend the rows listed, or give other data"
 
 
 def _summary(checked: CheckedData) -> dict[str, Any]:
@@ -137,13 +155,14 @@ def _print(summary: dict[str, Any], problems: list[Problem], report: Path | None
         "sizes": ", ".join(sizes[:8]) + (f", and {len(sizes) - 8:,} more" if len(sizes) > 8 else "") or "-",
         "left out": ", ".join(f"{count:,} {reason}" for reason, count in summary["reasons"].items()) or "-",
         "notes": ", ".join(f"{count:,} {reason}" for reason, count in summary["notes"].items()) or "-",
-        "fingerprint": summary["fingerprint"][:12],
+        "fingerprint": summary["fingerprint"][:12] if summary["usable"] else "-",
     }
     for name, text in lines.items():
         print(f"{name:<11} {text}")
     shown = _first_of_each(problems)
     for problem in shown:
-        print(f"{'left out' if problem.fatal else 'note'} ({problem.reason}): {problem.name}: {problem.message}")
+        name = problem.name if problem.name.isprintable() else repr(problem.name)
+        print(f"{'left out' if problem.fatal else 'note'} ({problem.reason}): {name}: {problem.message}")
     if len(shown) < len(problems):
         where = f"all are in {report}" if report else "--report FILE.jsonl writes them all"
         print(f"... and {len(problems) - len(shown):,} more; {where}")

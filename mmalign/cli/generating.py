@@ -26,7 +26,7 @@ def generate(
             "--model",
             "-m",
             help="A hub id, a pipeline's folder, a .safetensors file, or tiny:sdxl (random weights, to try things "
-            "out). (default: stabilityai/stable-diffusion-xl-base-1.0)",
+            "out). (default: SDXL base 1.0 of stabilityai)",
         ),
     ] = None,
     adapter: Annotated[
@@ -37,11 +37,11 @@ def generate(
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What to move away from.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: drawn)")
+        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: random)")
     ] = None,
     count: Annotated[int, typer.Option("--count", "-k", min=1, help="Images of each prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together. (default: 4)")] = None,
@@ -56,11 +56,12 @@ def generate(
 ) -> None:
     """Draw images of prompts; each is saved with everything needed to draw it again.
 
-    The paths of the images are printed, one a line. What is already there with equal settings is not drawn again, so
-    with --seed a stopped run goes on when it is started again.
+    The paths of the images are printed, one a line. What is already there with
+    equal settings is not drawn again, so with --seed a stopped run goes on when
+    it is started again.
 
-    [bold]mmalign generate "a red bicycle in snow" --adapter runs/mapo/export -k 4 --seed 7[/bold]
-    [bold]mmalign generate --prompts-file prompts.txt --out pictures/ --grid all.png[/bold]
+    [bold]mmalign generate "a red bicycle in snow" -a runs/mapo/export -k 4 --seed 7[/bold]
+    [bold]mmalign generate --prompts-file prompts.txt -o pictures/ --grid all.png[/bold]
     """
     if settings is not None:
         from generation import read_settings
@@ -70,6 +71,10 @@ def generate(
     texts = [*(prompts or []), *(_lines(prompts_file) if prompts_file is not None else [])]
     if not texts:
         raise InputError('there is no prompt; give one: mmalign generate "a red bicycle in snow", or --prompts-file')
+    if adapter_weight and not adapter:
+        raise InputError("--adapter-weight is given without an --adapter; give one, or leave the weight out")
+    if grid is not None:
+        _refuse_grid(grid)
     from generation import generate_each
     from generation.pipelines import DEFAULT_MODEL
 
@@ -110,6 +115,20 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def _refuse_grid(grid: Path) -> None:
+    """Before hours of drawing, what would only be found after them."""
+    from PIL import Image
+
+    from generation.images import refuse_folder
+
+    known = Image.registered_extensions()
+    if known.get(grid.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--grid {grid} ends in {grid.suffix or 'nothing'}, which is no picture's; try .png or .jpg")
+    if grid.is_dir():
+        raise InputError(f"--grid {grid} is a folder; give the name of a picture in it")
+    refuse_folder(grid.parent)
+
+
 def _draw_grid(drawn: list[tuple[str, int, Path]], count: int, grid: Path) -> None:
     from mmalign.imaging.contact_sheet import draw_contact_sheet
 
@@ -117,4 +136,5 @@ def _draw_grid(drawn: list[tuple[str, int, Path]], count: int, grid: Path) -> No
     for start in range(0, len(drawn), count):
         of_prompt = drawn[start : start + count]
         rows.append((of_prompt[0][0], [(path, f"seed {seed}") for _, seed, path in of_prompt]))
+    grid.parent.mkdir(parents=True, exist_ok=True)
     say(f"picture: {draw_contact_sheet(rows, grid)}")

@@ -41,8 +41,8 @@ OTHER: dict[str, Any] = {
 # Settings that decide nothing about the numbers of a step.
 FREE = {
     "data", "split", "preset", "output", "dry_run", "bad_rows", "cache", "cache_dir", "workers", "steps", "device",
-    "checkpoint_every", "keep_checkpoints", "probe_every", "validation_prompts", "validate_every", "validation_steps",
-    "validation_guidance", "tensorboard", "wandb", "progress",
+    "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "probe_every", "validation_prompts",
+    "validate_every", "validation_steps", "validation_guidance", "tensorboard", "wandb", "progress",
 }  # fmt: skip
 
 Write = Callable[[str], Path]

@@ -351,7 +351,7 @@ def test_both_exports_give_the_trainers_own_output(settings, run, tmp_path):
         assert (trained - base).abs().max() > 1e-3
         for path in report.exported:
             fresh = tiny_pipeline("sdxl")
-            fresh.load_lora_weights(path)
+            fresh.load_lora_weights(path.parent, weight_name=path.name)
             assert torch.equal(fresh.unet(**inputs).sample, trained), path
 
 
@@ -467,7 +467,7 @@ def test_sd15_and_velocity_models_train(prediction, run, tmp_path):
     report = run(pipeline=pipeline, min_snr_gamma=5.0, steps=2)
     fresh = tiny_pipeline("sd15")
     for path in report.exported:
-        fresh.load_lora_weights(path)
+        fresh.load_lora_weights(path.parent, weight_name=path.name)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_row(run, tmp_path):

@@ -1,0 +1,269 @@
+"""What no setting rules out: full disks and GPUs, processes that differ, second runs, models of another kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from generation.methods import DiffusionDPOTrainer, MaPOConfig, MaPOTrainer, RewardWeightedTrainer
+from generation.tiny import tiny_pipeline
+from generation.training import run_folder
+from generation.training import trainer as trainer_module
+from generation.training.configuration import TrainingConfig
+from generation.training.denoiser import Batch, Conditioning, Denoiser
+from generation.training.hardware import training_dtype
+from generation.training.monitor import NonFiniteLossError, check_finite
+from generation.training.run_folder import RunFolder
+from generation.training.trainer import Trainer, TrainingReport
+from mmalign import cli
+from mmalign.errors import InputError
+
+Run = Callable[..., TrainingReport]
+
+
+@pytest.fixture(scope="session")
+def limits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("limits-cache")
+
+
+@pytest.fixture
+def run(photo_pairs: Path, tmp_path: Path, limits_cache: Path) -> Run:
+    """Train two steps in `tmp_path / "run"`, with anything overridden; `score` goes to the trainer."""
+
+    def go(kind: type[Trainer] = MaPOTrainer, score: Any = None, **settings: Any) -> TrainingReport:
+        given = {"data": str(photo_pairs), "output": tmp_path / "run", "cache_dir": limits_cache, "model": "tiny:sdxl"}
+        given |= {"resolution": 64, "steps": 2, "batch_size": 2, "accumulation": 2, "rank": 4, "probe_size": 0}
+        given |= {"learning_rate": 1e-3, "device": "cpu", "progress": False}
+        return kind(kind.config_class(**(given | settings)), score=score).train()
+
+    return go
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def a_batch() -> Batch:
+    """Two pairs of random numbers, for the tiny SDXL."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (77, 64), (32,)
+    embeds, pooled = (torch.randn(2, *shape, generator=generator) for shape in shapes)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    latents, noise = (torch.randn(count, 4, 8, 8, generator=generator) for count in (4, 2))
+    return Batch(
+        ["row 1", "row 2"],
+        latents,
+        noise.repeat(2, 1, 1, 1),
+        torch.tensor([100, 700]).repeat(2),
+        Conditioning(embeds, pooled, sizes).repeat(2),
+    )
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_full_fine_tunes_reference_begins_as_the_network_itself(precision: str, tmp_path: Path) -> None:
+    config = DiffusionDPOTrainer.config_class(
+        output=tmp_path / "run", model="tiny:sdxl", adaptation="full", precision=precision, device="cpu"
+    )
+    trainer = DiffusionDPOTrainer(config)  # type: ignore[arg-type]
+    trainer.attach(tiny_pipeline("sdxl"))
+    with trainer.reference() as reference:
+        dtypes = {parameter.dtype for parameter in reference.parameters()}
+    assert getattr(torch, precision) in dtypes
+    loss, values = trainer.loss(a_batch())
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)  # the same arithmetic: not nearly, exactly
+    assert values["margin_accuracy"].tolist() == [0.5, 0.5]
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert training_dtype(TrainingConfig(), torch.device("cuda")) == torch.float16
+
+
+def test_lora_dropout_touches_no_gpu_but_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With these two, forking every GPU's random state fails, as it does where another process fills one of them.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    trainer = MaPOTrainer(MaPOConfig(output=Path("run"), model="tiny:sdxl", lora_dropout=0.5, device="cpu"))
+    trainer.attach(tiny_pipeline("sdxl"))
+    before = torch.get_rng_state()
+    with trainer._dropout_stream(a_batch(), 0):
+        drawn = torch.rand(3)
+    with trainer._dropout_stream(a_batch(), 0):
+        assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_scaled_as_in_edm_is_refused_although_it_says_epsilon() -> None:
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
+
+    Denoiser(nn.Linear(1, 1), EulerDiscreteScheduler().config)
+    with pytest.raises(InputError, match="EDM"):
+        Denoiser(nn.Linear(1, 1), EDMEulerScheduler(prediction_type="epsilon").config)
+
+
+# --- a second run -----------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_failed_begins_again_at_the_first_step(run: Run, tmp_path: Path) -> None:
+    failed = False
+
+    class FailsOnce(MaPOTrainer):
+        def update(self, batches):
+            nonlocal failed
+            if self.step == 1 and not failed:
+                failed = True
+                raise NonFiniteLossError("once")
+            return super().update(batches)
+
+        def train(self):
+            with pytest.raises(NonFiniteLossError):
+                super().train()
+            return super().train()
+
+    report = run(FailsOnce)
+    assert report.resumed_from is None
+    assert [row["step"] for row in logged(tmp_path / "run")] == [1, 2]
+
+
+def test_a_resumed_run_of_other_processes_says_so(run: Run, tmp_path: Path) -> None:
+    run(steps=1)
+    assert run(steps=1).warnings == []
+    state = tmp_path / "run/checkpoints/step-000001/trainer.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"processes": 4}))
+    (warning,) = run().warnings
+    assert "4 processes and resumed with 1" in warning
+
+
+def test_a_sharded_run_goes_on_in_its_learning_rate_schedule(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "is_sharded", lambda accelerator: True)
+    settings = {"adaptation": "full", "warmup_steps": 4, "accumulation": 1}
+    (unet,) = run(steps=2, **settings).exported
+    assert (unet / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044  # for others to load
+    assert run(steps=4, **settings).resumed_from == 2
+    rates = [row["learning_rate"] for row in logged(tmp_path / "run")]
+    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3])
+
+
+def test_a_gradient_norm_that_is_sharded_is_logged_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded:
+        def full_tensor(self) -> torch.Tensor:
+            return torch.tensor(2.5)
+
+    trainer = MaPOTrainer(MaPOConfig(output=tmp_path / "run", model="tiny:sdxl", accumulation=1, device="cpu"))
+    trainer.attach(tiny_pipeline("sdxl"))
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: Sharded())
+    assert trainer.update([a_batch()])["grad_norm"] == 2.5
+
+
+# --- full disks and GPUs ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [500_000, 1_500_000])  # ends the weights' file of 1 MB, the optimiser's of 2.3 MB
+def test_a_disk_that_is_full_is_told_in_one_line(size: int, run: Run, tmp_path: Path) -> None:
+    with files_of_at_most(size), pytest.raises(InputError, match="checkpoint of step 1 could not be written") as told:
+        run(adaptation="full", steps=1)
+    assert "\n" not in str(told.value)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"stopped by the system: .*metrics\.jsonl"):
+        run(steps=1)
+
+
+def test_a_full_gpu_is_told_with_the_settings_that_need_less(run: Run) -> None:
+    class Hungry(MaPOTrainer):
+        def loss(self, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(InputError, match=r"batch_size 1 with accumulation 4 or gradient_checkpointing or .*8bit"):
+        run(Hungry)
+
+
+def test_a_checkpoints_name_is_on_the_disk_before_an_older_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, events = RunFolder(tmp_path), []
+    real_open, real_replace = os.open, Path.replace
+
+    def fill(step: int) -> None:
+        with folder.checkpoint(step, keep=1) as fresh:
+            (fresh / "trainer.json").write_text("{}")
+
+    fill(1)
+    monkeypatch.setattr(
+        run_folder.os, "open", lambda path, *rest: events.append(Path(path).name) or real_open(path, *rest)
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda path, target: events.append(f"-> {Path(target).name}") or real_replace(path, target)
+    )
+    fill(2)
+    named, gone = events.index("-> step-000002"), events.index("-> .step-000001-old")
+    assert "checkpoints" in events[named:gone]
+    assert "trainer.json" in events[:named]
+
+
+# --- several processes, several sets ----------------------------------------------------------------------------
+
+
+def test_a_bad_row_of_another_process_is_named_by_all() -> None:
+    batch, fine = replace(a_batch(), names=["row 1", "row 2"]), {"loss": torch.ones(1), "mse_w": torch.ones(2)}
+    with pytest.raises(NonFiniteLossError, match=r"rows: row 9 \(timestep 3\)\. "):
+        check_finite(1, {"loss": math.nan}, [fine], [batch], gather=lambda own: [*own, "row 9 (timestep 3)"])
+
+
+def test_rows_left_out_are_no_crash_to_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photo_pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = TrainingReport(tmp_path, 1, None, [], {}, left_out=1)
+    monkeypatch.setattr(MaPOTrainer, "train", lambda self: report)
+    monkeypatch.setattr(sys, "argv", ["mmalign", "train", "mapo", str(photo_pairs), str(tmp_path / "run")])
+    for processes, code in (("1", 4), ("2", 0)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code or 0) == code
+        assert "1 row was left out" in capsys.readouterr().err
+
+
+def test_a_score_of_ones_own_filters_the_pretraining_images_as_well(
+    run: Run, tmp_path: Path, photo_pairs: Path
+) -> None:
+    wanted = json.loads((photo_pairs / "metadata.jsonl").read_text().splitlines()[0])["caption"]
+    seen: list[str] = []
+
+    def score(images: Any, captions: list[str]) -> list[float]:
+        seen.extend(captions)
+        return [float(caption == wanted) for caption in captions]
+
+    run(RewardWeightedTrainer, score=score, min_score=0.5, pretraining_data=str(photo_pairs), steps=1)
+    for name in ("left_out_rows.jsonl", "left_out_pretraining_rows.jsonl"):
+        reasons = [json.loads(line)["reason"] for line in (tmp_path / "run" / name).read_text().splitlines()]
+        assert reasons == ["low_score"] * 7
