@@ -6,9 +6,10 @@ import contextlib
 import copy
 import inspect
 import logging
+import operator
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,7 +193,7 @@ def _borrowed(pipeline: DiffusionPipeline, ours: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_false_alarms() -> Iterator[None]:
-    """Keep two loggers still: of a VAE that is cast on purpose, and of tokens before diffusers cuts them and says so."""
+    """Keep two loggers still: of a VAE cast on purpose, and of tokens before diffusers cuts them and says so."""
     names = ("diffusers.models.modeling_utils", "transformers.tokenization_utils_base")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -206,6 +207,8 @@ def _without_false_alarms() -> Iterator[None]:
 
 
 def _plan(prompts: Any, negative: Any, seed: Any, images_per_prompt: int) -> list[_Job]:
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"prompts {prompts!r} are not text; give one or several")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise InputError("there is no prompt; give one or several")
@@ -227,7 +230,13 @@ def _plan(prompts: Any, negative: Any, seed: Any, images_per_prompt: int) -> lis
 def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-    seeds = [seed + number for number in range(count)] if isinstance(seed, int) else [int(one) for one in seed]
+    try:
+        if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+            seeds = [operator.index(one) for one in seed]
+        else:
+            seeds = [operator.index(seed) + number for number in range(count)]
+    except TypeError:
+        raise InputError(f"seed {seed!r} is not a whole number, or several") from None
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} images; give a seed for each image, or one to count from")
     for one in seeds:

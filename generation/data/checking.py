@@ -106,7 +106,8 @@ def check_data(
         workers: decoding threads; one a core by default.
         progress: show a bar.
         memory: a folder that keeps the result, so that the same data under the same options are not decoded again.
-        score: any reward, see `generation.data.filtering`.
+        score: any reward: a callable that takes a list of images `3 height width` in [0, 1], each of its own size,
+            and a list of their captions, and returns a number for each; see `generation.data.filtering.Score`.
         min_score: leave out rows whose winner scores less.
         min_margin: leave out pairs whose winner scores less than this above the loser.
         allow_empty: return an empty result where no row can be used, instead of raising.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -165,7 +165,12 @@ def _score(
     images: list[Float[Tensor, "3 height width"]] = [image.float() / 255 for _, found in readable for image in found]
     captions = [example.caption for example, found in readable for _ in found]
     with torch.no_grad():
-        scores = [float(value) for value in score(images, captions)] if images else []
+        returned = score(images, captions) if images else []
+    if not isinstance(returned, Iterable):
+        raise InputError(
+            f"the score returned {type(returned).__name__}; it must give a number for each image of a list"
+        )
+    scores = [float(value) for value in returned]
     if len(scores) != len(images):
         raise InputError(
             f"the score returned {len(scores)} numbers for {len(images)} images; it must give one for each"

@@ -47,7 +47,8 @@ def data_check(
         ),
     ],
     split: Annotated[
-        str | None, typer.Option(help="Of datasets:NAME or save_to_disk (default: train), or of a folder of Parquet files.")
+        str | None,
+        typer.Option(help="Of datasets:NAME or save_to_disk (default: train), or of a folder of Parquet files."),
     ] = None,
     kind: Annotated[_Kind, typer.Option(help="Preference pairs, or single captioned images.")] = _Kind.pairs,
     max_pixels: Annotated[

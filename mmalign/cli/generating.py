@@ -41,7 +41,9 @@ def generate(
     ] = None,
     count: Annotated[int, typer.Option("--count", "-k", min=1, help="Images of each prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn together. (default: 4)")] = None,

@@ -83,7 +83,9 @@ def _command(method: str) -> Any:
     from generation.methods import METHODS
 
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    app.command(cls=_MethodCommand, help=_HELP[method] + _EXPLANATION, epilog=_EPILOG.format(method=method))(_function(METHODS[method]))
+    app.command(cls=_MethodCommand, help=_HELP[method] + _EXPLANATION, epilog=_EPILOG.format(method=method))(
+        _function(METHODS[method])
+    )
     command = typer.main.get_command(app)
     command.name = method
     return command

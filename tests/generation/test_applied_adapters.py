@@ -216,6 +216,9 @@ def test_files_folders_and_hub_ids(lora: Path, tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(InputError, match="has none"):
         find_adapter(folder)
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"run is a run folder; give .*export"):
+        find_adapter(tmp_path / "run")
     (folder / "b.safetensors").touch()
     assert find_adapter(folder).file.name == "b.safetensors"
     (folder / "a.safetensors").touch()

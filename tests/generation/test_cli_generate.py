@@ -56,6 +56,9 @@ def test_images_are_saved_and_named(run: Run, tmp_path: Path) -> None:
     assert "picture: g.png" in err
     assert Image.open(tmp_path / "g.png").height > 3 * 224
 
+    assert run("x", "--out", "new", "--grid", "new/sheets/g.png")[0] == 0
+    assert Image.open("new/sheets/g.png").height > 224
+
     code, out, err = run("--settings", "generated/0003-10-a-dog.png", tiny=False)
     settings = json.loads(out)
     assert (settings["prompt"], settings["seed"], settings["model"]) == ("a dog", 10, "tiny:sdxl")
@@ -81,6 +84,9 @@ def test_options_reach_the_pipeline(run: Run) -> None:
         (("x", "--adapter", "absent.safetensors"), "adapter 'absent.safetensors' does not exist"),
         (("x", "--adapter", "a/b", "--adapter-weight", "1", "--adapter-weight", "2"), "2 adapter weights for 1"),
         (("x", "--height", "3"), "height 3 is not a multiple of 8"),
+        (("x", "--adapter-weight", "2"), "--adapter-weight is given without an --adapter"),
+        (("x", "--grid", "all.txt"), "--grid all.txt ends in .txt"),
+        (("x", "--grid", "."), "no picture's"),
         (("--settings", "absent.png"), "absent.png does not exist"),
     ],
 )

@@ -76,6 +76,16 @@ def test_help_of_a_method_names_every_setting_and_its_default(run: Run, method: 
             assert f"(default: {default})" in line
 
 
+def test_help_fits_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "TERMINAL_WIDTH"):
+        monkeypatch.setenv(name, "80")
+    for _ in range(2):  # asking for help leaves the command as it was
+        out = run("mapo", "--help")[1]
+        assert "…" not in out
+        assert "--gradient-checkpointing " in out
+        assert run("mapo", "--no-cache")[2].startswith("error: no training data given; say mmalign train mapo DATA")
+
+
 def test_mistakes_are_told_in_one_line(run: Run, photo_pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("learning_rte: 1e-4\n")
     said = refused(run("mapo", photo_pairs, "out", "--config", "run.yaml"))

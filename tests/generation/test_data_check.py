@@ -497,6 +497,8 @@ def test_image_only_encoder_cannot_score(tiny_timm: Encoder) -> None:
         ({"score": brightness}, "min_score or min_margin"),
         ({"score": brightness, "min_margin": 0.1, "kind": "images"}, "min_margin compares"),
         ({"score": lambda images, captions: [1.0], "min_margin": 0.1}, "returned 1 numbers for 10 images"),
+        ({"score": lambda images, captions: None, "min_margin": 0.1}, "returned NoneType"),
+        ({"score": brightness, "min_score": float("nan")}, "min_score is nan"),
         ({"memory": "{set}/0.png"}, "cannot be made"),
     ],
 )
@@ -577,8 +579,31 @@ def test_command_on_good_data_and_on_none(folder: Folder, run: Callable[..., Any
     assert err.startswith("error: no row of")
     code, _, err = run(path, "--kind", "images", "-q")
     assert code == 1
+    assert err.endswith("holds pairs, not images; check them with --kind pairs\n")
     code, _, err = run(path / "nowhere")
     assert (code, err.count("\n")) == (1, 1)
+
+
+def test_a_name_with_a_line_break_keeps_to_its_line(tmp_path: Path, run: Callable[..., Any]) -> None:
+    for twin in ("winner", "loser"):
+        (tmp_path / twin).mkdir()
+        (tmp_path / twin / "two\nlines.png").write_bytes(b"no image")
+        (tmp_path / twin / "two\nlines.txt").write_text("a")
+    code, out, err = run(tmp_path, "-q")
+    assert (code, err.startswith("error: no row of")) == (1, True)
+    assert sum("(not_an_image)" in line and "two\\nlines" in line for line in out.splitlines()) == 2
+    assert "lines.png" not in [line[:9] for line in out.splitlines()]
+
+
+def test_labels_of_another_type_are_told_apart(folder: Folder) -> None:
+    for label in (2, "1", None):
+        folder.add(caption="x", jpg_0="0.png", jpg_1="1.png", label_0=label)
+    messages = [problem.message for problem in check(folder.write(), allow_empty=True).problems]
+    assert [message.split(";")[0] for message in messages] == [
+        "label_0 is 2",
+        "label_0 is the text '1'",
+        "label_0 is missing",
+    ]
 
 
 def test_command_filters_by_encoder(

@@ -235,7 +235,15 @@ def test_saved_dataset(tmp_path: Path) -> None:
     rows = pairs(2)
     table = pq.read_table(write_pick_a_pic(tmp_path / "a.parquet", rows))
     datasets.Dataset(table).save_to_disk(tmp_path / "saved")
-    assert check(f"datasets:{tmp_path / 'saved'}").fingerprint == check(tmp_path / "a.parquet").fingerprint
+    wanted = check(tmp_path / "a.parquet").fingerprint
+    assert check(f"datasets:{tmp_path / 'saved'}").fingerprint == check(tmp_path / "saved").fingerprint == wanted
+    with pytest.raises(InputError, match="no splits"):
+        open_source(tmp_path / "saved", split="test")
+
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "splits")
+    assert check(tmp_path / "splits").fingerprint == wanted
+    with pytest.raises(InputError, match="has the splits train"):
+        open_source(tmp_path / "splits", split="test")
 
 
 def expected_errors() -> list[tuple[str, Callable[[Path], str | Path], str]]:
@@ -269,6 +277,7 @@ def expected_errors() -> list[tuple[str, Callable[[Path], str | Path], str]]:
         ("cut file", cut, "is not a complete Parquet file"),
         ("other file", other_file, "is not .parquet or .jsonl"),
         ("hub", lambda _: "nobody/nothing", "'nobody/nothing' .*is no path here.*connect once"),
+        ("no name", lambda _: " ", "have no name; give Parquet"),
         ("no dataset", lambda path: f"datasets:{path}", "cannot be loaded"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_stays_quiet(tiny_sdxl: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert "generating" in capfd.readouterr().err
 
 
+def test_a_prompt_that_is_cut_is_told_of_without_false_alarm(
+    tiny_sdxl: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("diffusers", "transformers"):  # they keep their messages from loggers above
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    generate("word " * 200, model=tiny_sdxl, seed=np.int64(3), **FAST)
+    assert "input was truncated" in caplog.text
+    assert "indexing errors" not in caplog.text
+    caplog.clear()
+    generate("a", model="tiny:sdxl", device="cpu", dtype="float16", **FAST)
+    assert "kept in float32" not in caplog.text
+
+
 def test_half_precision(capfd: pytest.CaptureFixture[str]) -> None:
     for dtype in ("float16", "bfloat16"):
         (image,) = generate("a", model="tiny:sdxl", device="cpu", dtype=dtype, seed=2, **FAST)
@@ -202,6 +216,16 @@ def test_a_stopped_run_goes_on(tiny_sdxl: Any, tmp_path: Path, monkeypatch: pyte
     assert read_settings(tmp_path / names[0])["guidance_scale"] == 4.0
 
 
+def test_a_place_that_cannot_be_written_to_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="file is a file; choose another place"):
+            generate("a", model="tiny:none-such", out=out)
+    with pytest.raises(InputError, match="no tiny pipeline"):
+        generate("a", model="tiny:none-such", out=tmp_path / "new" / "folders")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_torn_file_is_made_again(tiny_sdxl: Any, tmp_path: Path) -> None:
     options = {"model": tiny_sdxl, "seed": 3, "out": tmp_path, **FAST}
     (image,) = generate("a", **options)
@@ -246,6 +270,9 @@ def test_images_come_one_by_one(tiny_sdxl: Any, tmp_path: Path) -> None:
         (["a", "b"], {"seed": [1, 2, 3]}, "3 seeds for 2 images"),
         ("a", {"seed": -1}, "seed -1"),
         ("a", {"seed": 2**63}, "out of range"),
+        ("a", {"seed": 1.5}, "seed 1.5 is not a whole number"),
+        ("a", {"seed": "5"}, "seed '5' is not a whole number"),
+        (None, {}, "prompts None are not text"),
         (["a", "b"], {"negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
         (["a", "b"], {"negative_prompt": ["x", None]}, "has to be text"),
         ("a", {"adapter_weight": [1.0, 2.0]}, "2 adapter weights for 0 adapters"),
