@@ -51,6 +51,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
+    unet: str | Path | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline of a supported family (see `pipeline_family`), ready to use on `device`.
@@ -66,6 +67,7 @@ def load_pipeline(
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a CUDA device that computes in it, float16 on an older
             one, float32 elsewhere.
         vae: another VAE: a hub id, its folder, a pipeline's folder that has one, or a single file.
+        unet: another UNet of the same layout: a folder such as the `export/unet` of a full fine-tune, or a hub id.
         variant: which of several sets of weights in a folder or on the hub, such as "fp16".
 
     Raises:
@@ -75,9 +77,9 @@ def load_pipeline(
     """
     if not isinstance(model, (str, Path)):
         pipeline_family(model)
-        if device is not None or dtype != "auto" or vae is not None or variant is not None:
+        if device is not None or dtype != "auto" or any((vae, unet, variant)):
             raise InputError(
-                "a pipeline that is already loaded is used as it is; leave out device, dtype, vae and variant, "
+                "a pipeline that is already loaded is used as it is; leave out device, dtype, vae, unet and variant, "
                 "or move it with pipeline.to(...)"
             )
         return model
@@ -85,7 +87,9 @@ def load_pipeline(
     precision = _fitting_dtype(target) if dtype == "auto" else resolve_dtype(dtype)
     with quiet_diffusers():
         parts = {} if vae is None else {"vae": _load_vae(vae, precision)}
+        parts |= {} if unet is None else {"unet": _load_unet(unet, precision)}
         pipeline = _load(model, precision, variant, parts)
+        _check_unet(model, pipeline, parts)
         if precision == torch.float16 and vae is None and pipeline_family(pipeline) == "sdxl":
             pipeline.vae.register_to_config(force_upcast=True)
         return pipeline.to(target)
@@ -153,6 +157,7 @@ def _load(model: str | Path, dtype: torch.dtype, variant: str | None, parts: dic
     name, path = str(model), Path(model)
     if isinstance(model, str) and name.startswith("tiny:"):
         pipeline = tiny_pipeline(name.removeprefix("tiny:"))
+        _check_unet(model, pipeline, parts)
         pipeline.register_modules(**parts)
         return pipeline.to(dtype)
     if path.is_dir():
@@ -306,6 +311,26 @@ def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
         if path.exists() and not _is_about_the_hub(error):
             raise InputError(f"VAE {path} cannot be loaded ({one_line(error)}); give an AutoencoderKL") from None
         raise unavailable(f"VAE {str(vae)!r}", error, "give a folder or file") from None
+
+
+def _check_unet(model: str | Path, pipeline: DiffusionPipeline, parts: dict[str, Any]) -> None:
+    if "unet" in parts and pipeline_family(pipeline) not in ("sdxl", "sd15"):
+        raise InputError(f"model {str(model)!r} has no UNet; leave out unet")
+
+
+def _load_unet(unet: str | Path, dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    from mmalign.encoders.hub import one_line
+
+    path = Path(unet)
+    try:
+        subfolder = {"subfolder": "unet"} if (path / "unet").is_dir() else {}
+        return UNet2DConditionModel.from_pretrained(str(unet), torch_dtype=dtype, **subfolder)
+    except Exception as error:
+        if path.exists() and not _is_about_the_hub(error):
+            raise InputError(f"UNet {path} cannot be loaded ({one_line(error)}); give a folder of one") from None
+        raise unavailable(f"UNet {str(unet)!r}", error, "give a folder") from None
 
 
 def _is_about_the_hub(error: BaseException | None) -> bool:

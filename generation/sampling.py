@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import logging
 import operator
@@ -39,6 +40,7 @@ def generate(
     prompts: str | Sequence[str],
     *,
     model: str | Path | DiffusionPipeline = DEFAULT_MODEL,
+    unet: str | Path | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
     adapter_weight: float | Sequence[float] = 1.0,
     negative_prompt: str | Sequence[str] | None = None,
@@ -63,6 +65,7 @@ def generate(
         prompts: one or several; a blank one is allowed and asks for any image.
         model: whatever `load_pipeline` takes. A name is loaded anew at each call; for many calls pass a pipeline,
             which is used as it is and left as it was.
+        unet: see `load_pipeline`: what `mmalign train --adaptation full` exports.
         adapter: LoRA file, folder or hub id, or several; see `find_adapter`.
         adapter_weight: one for all or one each; 1 is full strength, 0 is none.
         negative_prompt: what to move away from, one for all or one a prompt. FLUX takes none.
@@ -101,9 +104,9 @@ def generate_each(prompts: str | Sequence[str], **options: Any) -> Iterator[Gene
     batch_size = _positive("batch_size", given.batch_size) or _BATCH_SIZE
     if given.out is not None:
         refuse_folder(Path(given.out))
-    pipeline = load_pipeline(given.model, device=given.device, dtype=given.dtype)
+    pipeline = load_pipeline(given.model, device=given.device, dtype=given.dtype, unet=given.unet)
     call = _call_options(pipeline, given)
-    settings = _settings(pipeline, given.model, adapters, call)
+    settings = _settings(pipeline, given, adapters, call)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_borrowed(pipeline, ours=pipeline is not given.model))
         stack.enter_context(_without_false_alarms())
@@ -306,14 +309,20 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
-def _settings(pipeline: DiffusionPipeline, model: Any, adapters: list[Adapter], call: dict[str, Any]) -> dict[str, Any]:
+def _settings(
+    pipeline: DiffusionPipeline, given: SimpleNamespace, adapters: list[Adapter], call: dict[str, Any]
+) -> dict[str, Any]:
     import diffusers
 
     from mmalign import __version__
 
-    named = model if isinstance(model, (str, Path)) else pipeline.config.get("_name_or_path") or type(pipeline).__name__
+    if isinstance(given.model, (str, Path)):
+        model = {"model": str(given.model)} | ({"unet": str(given.unet)} if given.unet is not None else {})
+    else:  # a name says nothing of what has been done to its weights since
+        name = pipeline.config.get("_name_or_path") or type(pipeline).__name__
+        model = {"model": str(name), "weights": _weights(pipeline)}
     return {
-        "model": str(named),
+        **model,
         "adapters": [adapter.to_dict() for adapter in adapters],
         "steps": call["num_inference_steps"],
         "guidance_scale": call["guidance_scale"],
@@ -323,6 +332,14 @@ def _settings(pipeline: DiffusionPipeline, model: Any, adapters: list[Adapter], 
         "dtype": _dtype(pipeline),
         "versions": {"mmalign": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     }
+
+
+def _weights(pipeline: DiffusionPipeline) -> str:
+    """A short name for the denoiser's weights as they are: sums, as hashing 5 GB would take longer than an image."""
+    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    sums = [(p.double().sum(), p.double().square().sum()) for p in denoiser.parameters() if p.device.type != "meta"]
+    values = torch.stack([value for pair in sums for value in pair]).tolist()
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _dtype(pipeline: DiffusionPipeline) -> str:

@@ -85,7 +85,9 @@ class FullAdaptation:
 
     def save(self, folder: Path) -> None:
         """All weights, float32."""
-        save_file(self._state(), folder / "network.safetensors")
+        path = folder / "network.safetensors"
+        save_file(self._state(), path)
+        path.chmod(0o644)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, bit for bit."""

@@ -39,10 +39,14 @@ class TensorStore:
     def read(self, key: str) -> dict[str, Tensor]:
         """Raises InputError when the file is gone or damaged."""
         try:
-            return load_file(self._path(key))
+            tensors = load_file(self._path(key))
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                raise SafetensorError("a value is not finite, which was never written")
+            return tensors
         except (OSError, SafetensorError) as error:
+            self._path(key).unlink(missing_ok=True)
             raise InputError(
-                f"cache file {str(self._path(key))!r} cannot be read ({' '.join(str(error).split())[:120]}); "
+                f"cache file {str(self._path(key))!r} could not be read ({' '.join(str(error).split())[:120]}); "
                 "run the same command again, it is then made anew"
             ) from None
 

@@ -17,7 +17,17 @@ from mmalign.errors import InputError
 
 from .presets import PRESETS
 
-__all__ = ["STRICT", "TrainingConfig", "differences", "dry_run_of", "load_config", "setting", "to_dict", "write_config"]
+__all__ = [
+    "STRICT",
+    "TrainingConfig",
+    "differences",
+    "dry_run_of",
+    "load_config",
+    "read_yaml",
+    "setting",
+    "to_dict",
+    "write_config",
+]
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -131,8 +141,11 @@ def load_config(kind: type[Config], given: Mapping[str, Any], file: str | os.Pat
     Raises:
         InputError: the file is not to be read, a key is unknown, or a value does not fit; all named in one line.
     """
-    written = _read_yaml(Path(file)) if file else {}
+    written = read_yaml(Path(file)) if file else {}
     chosen = {**written, **given}
+    method = chosen.pop("method", kind.method)
+    if method != kind.method:
+        raise InputError(f"{str(file)!r} holds settings of {method!r}, not of {kind.method!r}; use the method's own")
     preset = chosen.get("preset")
     if preset is not None and preset not in list(PRESETS):  # a list: YAML may hold what cannot be hashed
         raise InputError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -177,8 +190,8 @@ def dry_run_of(config: Config) -> Config:
 
 
 def to_dict(config: TrainingConfig) -> dict[str, Any]:
-    """Every setting as plain values, in the order of definition."""
-    plain: dict[str, Any] = {}
+    """The method and every setting as plain values, in the order of definition."""
+    plain: dict[str, Any] = {"method": config.method}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         plain[field.name] = (
@@ -195,14 +208,15 @@ def write_config(config: TrainingConfig, path: Path) -> None:
 def differences(config: TrainingConfig, saved: Mapping[str, Any]) -> list[str]:
     """Settings that a resumed run must not change but would: "rank 64 -> 32"."""
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
-    fixed = {name for name, about in fields.items() if about.json_schema_extra["fixed"]}
+    fixed = {"method", *(name for name, about in fields.items() if about.json_schema_extra["fixed"])}
     if config.lr_schedule != "constant":
         fixed.add("steps")  # the schedule is a function of the total
     changed = {n: (saved[n], v) for n, v in to_dict(config).items() if n in fixed and n in saved and saved[n] != v}
     return [f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items()]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings in a YAML file; raises InputError in one line."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mmalign.fingerprint import token_probe, weights_digest
 
+from ..pipelines import quiet_diffusers
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -96,12 +98,13 @@ class PromptEncoder:
         """
         for encoder in self._encoders:
             encoder.to(self._device)
-        embeds = self._pipeline.encode_prompt(
-            prompt=caption or "",
-            device=self._device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
+        with quiet_diffusers():  # the data check has named long captions
+            embeds = self._pipeline.encode_prompt(
+                prompt=caption or "",
+                device=self._device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
         found = {"prompt_embeds": embeds[0][0].float().cpu()}
         if len(embeds) == 4:
             found["pooled_prompt_embeds"] = embeds[2][0].float().cpu()

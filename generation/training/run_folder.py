@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-import yaml
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mmalign.errors import InputError
 
-from .configuration import TrainingConfig, differences, write_config
+from .configuration import TrainingConfig, differences, read_yaml, write_config
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -30,9 +31,19 @@ class Checkpoint:
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.step = path, step
 
-    def state(self) -> dict[str, Any]:
-        """What the trainer wrote about itself."""
-        return json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
+    @contextmanager
+    def read(self) -> Iterator[dict[str, Any]]:
+        """What the trainer wrote about itself; whatever goes wrong within is told as this checkpoint's damage."""
+        try:
+            yield json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            raise InputError(
+                f"checkpoint {str(self.path)!r} is damaged ({reason}); "
+                "delete it and run the same command again, it goes on from the one before"
+            ) from None
 
 
 class RunFolder:
@@ -65,7 +76,7 @@ class RunFolder:
             lock.release()
 
     def open(self, config: TrainingConfig) -> Checkpoint | None:
-        """Settle what an interrupted run left, check that `config` continues it, and echo it to `config.yaml`.
+        """Clear what an interrupted run left, and check that `config` continues what is here.
 
         Returns:
             The newest checkpoint, or `None` in a new folder.
@@ -77,19 +88,21 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoints = self.checkpoints()
         echo = self.path / "config.yaml"
-        if checkpoints and echo.is_file():
-            changed = differences(config, yaml.safe_load(echo.read_text(encoding="utf-8")) or {})
-            if changed:
-                raise InputError(
-                    f"{str(self.path)!r} holds a run with other settings ({'; '.join(changed)}); "
-                    "give those again to resume it, or choose another output"
-                )
+        if not checkpoints:
+            return None
+        if echo.is_file() and (changed := differences(config, read_yaml(echo))):
+            raise InputError(
+                f"{str(self.path)!r} holds a run with other settings ({'; '.join(changed)}); "
+                "give those again to resume it, or choose another output"
+            )
+        return checkpoints[-1]
+
+    def begin(self, config: TrainingConfig, step: int) -> None:
+        """Echo the settings to `config.yaml`, and forget what was logged after the step that is gone on from."""
         temporary = self.path / ".config.yaml.tmp"
         write_config(config, temporary)
-        temporary.replace(echo)
-        newest = checkpoints[-1] if checkpoints else None
-        self._cut_metrics(newest.step if newest else -1)
-        return newest
+        temporary.replace(self.path / "config.yaml")
+        self._cut_metrics(step if step else -1)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Finished ones, oldest first."""
@@ -147,7 +160,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

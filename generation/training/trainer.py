@@ -139,6 +139,8 @@ class Trainer(ABC):
             if checkpoint is not None:
                 self._resume(checkpoint, prepared)
             start = self.step if checkpoint is not None else None
+            if self.accelerator.is_main_process:
+                self._folder.begin(self.config, self.step)
             values = self._run(prepared)
             exported = self._export(self.config.output / "export")
         report = TrainingReport(
@@ -273,10 +275,9 @@ class Trainer(ABC):
             self._render(prepared)
             self._look(data)
         values: dict[str, float] = {}
-        bar = progress_bar(
-            config.method, config.steps, unit="steps", initial=self.step,
-            enabled=config.progress and self.accelerator.is_main_process, loss="-", margin="-", drift="-", memory="-",
-        )  # fmt: skip
+        shown = config.progress and self.accelerator.is_main_process and self.step < config.steps
+        fields = dict.fromkeys(("loss", "margin", "drift", "memory"), "-")
+        bar = progress_bar(config.method, config.steps, unit="steps", initial=self.step, enabled=shown, **fields)
         with bar as advance, Interruption() as interruption:
             began = time.perf_counter()
             for chunk in self.batches(data, self.step):
@@ -384,23 +385,23 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Checkpoint, prepared: Prepared) -> None:
-        about = checkpoint.state()
-        if about["data"] != prepared.fingerprint:
-            raise InputError(
-                f"the training data are not those that {str(self.config.output)!r} was begun with (rows, captions or "
-                "images changed); restore them to resume, or choose another output"
-            )
-        if is_sharded(self.accelerator):
-            self.accelerator.load_state(str(checkpoint.path / "sharded"))
-        else:
-            self._adaptation.load(checkpoint.path)
-        # weights_only: tensors and plain containers, no code
-        states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
-        for name, part in self._stateful().items():
-            part.load_state_dict(states[name])
-        self._probe = Probe(**about["probe"])
-        self.step = about["step"]
-        before, now = about["processes"], self.accelerator.num_processes
+        with checkpoint.read() as about:
+            if about["data"] != prepared.fingerprint:
+                raise InputError(
+                    f"the training data are not those that {str(self.config.output)!r} was begun with (rows, captions "
+                    "or images changed); restore them to resume, or choose another output"
+                )
+            if is_sharded(self.accelerator):
+                self.accelerator.load_state(str(checkpoint.path / "sharded"))
+            else:
+                self._adaptation.load(checkpoint.path)
+            # weights_only: tensors and plain containers, no code
+            states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
+            for name, part in self._stateful().items():
+                part.load_state_dict(states[name])
+            self._probe = Probe(**about["probe"])
+            self.step = about["step"]
+            before, now = about["processes"], self.accelerator.num_processes
         if before != now:
             self._warn(f"begun with {before} processes and resumed with {now}: batches differ from an undisturbed run")
 

@@ -29,6 +29,9 @@ def generate(
             "out). (default: SDXL base 1.0 of stabilityai)",
         ),
     ] = None,
+    unet: Annotated[
+        str | None, typer.Option(help="Another UNet: the export/unet folder of `mmalign train --adaptation full`.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="A LoRA: file, folder or hub id; may repeat.")
     ] = None,
@@ -84,6 +87,7 @@ def generate(
     images = generate_each(
         texts,
         model=model or DEFAULT_MODEL,
+        unet=unet,
         adapter=adapter,
         adapter_weight=weights[0] if len(weights) == 1 else weights,
         negative_prompt=negative,

@@ -83,9 +83,11 @@ def _command(method: str) -> Any:
     from generation.methods import METHODS
 
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    app.command(cls=_MethodCommand, help=_HELP[method] + _EXPLANATION, epilog=_EPILOG.format(method=method))(
-        _function(METHODS[method])
-    )
+    app.command(
+        cls=_MethodCommand,
+        help=_HELP[method] + _EXPLANATION,
+        epilog=_EPILOG.format(method=method, more=_MORE.get(method, "")),
+    )(_function(METHODS[method]))
     command = typer.main.get_command(app)
     command.name = method
     return command
@@ -104,7 +106,8 @@ All are written to OUTPUT/config.yaml. What is on or off has both --NAME and
 Rows are checked before anything else. Ctrl-C saves a checkpoint; the same
 command resumes.
 """
-_EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train {method} DATA OUTPUT --dry-run"
+_EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train {method} DATA OUTPUT{more} --dry-run"
+_MORE = {"rwl": " --pretraining-data IMAGES"}
 
 
 def _function(trainer: type[Trainer]) -> Callable[..., None]:
@@ -181,6 +184,8 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
     for path in report.exported:
         print(path)
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
+    if report.resumed_from == report.step:
+        begun = ", finished before; raise --steps to go on"
     steps = "1 step" if report.step == 1 else f"{report.step:,} steps"
     say(f"{steps}{begun}; settings, samples and metrics in {report.output}")
     if report.left_out:

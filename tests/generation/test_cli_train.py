@@ -140,7 +140,8 @@ def test_a_dry_run_leaves_loras_and_every_setting(run: Run, photo_pairs: Path, t
             "to_v",
         }
     echoed = yaml.safe_load((tmp_path / "out/dry-run/config.yaml").read_text())
-    assert set(echoed) == {field.name for field in dataclasses.fields(METHODS["mapo"].config_class)}
+    names = {field.name for field in dataclasses.fields(METHODS["mapo"].config_class)}
+    assert set(echoed) == {"method", *names}
     assert (echoed["beta"], echoed["learning_rate"], echoed["adam_betas"]) == (0.3, 2e-3, [0.8, 0.9])
     steps = [json.loads(line) for line in (tmp_path / "out/dry-run/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps] == [0, 1, 2, 3, 4]

@@ -112,7 +112,7 @@ def test_every_value_is_echoed_and_read_again(kind: type[TrainingConfig], tmp_pa
         config = kind(**values)
         write_config(config, tmp_path / "config.yaml")
         plain = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
-        assert list(plain) == [field.name for field in dataclasses.fields(kind)]
+        assert list(plain) == ["method"] + [field.name for field in dataclasses.fields(kind)]
         again = load_config(kind, {}, tmp_path / "config.yaml")
         assert again == config
         assert [type(value) for value in vars(again).values()] == [type(value) for value in vars(config).values()]

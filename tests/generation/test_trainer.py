@@ -395,7 +395,7 @@ def test_settings_samples_and_left_out_rows_are_in_the_run_folder(run, tmp_path,
     report = run(data=str(data), validation_prompts=["a red bus", "two dogs"], validate_every=2, validation_steps=2)
     folder = tmp_path / "run"
     echoed = yaml.safe_load((folder / "config.yaml").read_text())
-    assert set(echoed) == {field.name for field in dataclasses.fields(MaPOConfig)}
+    assert set(echoed) == {"method", *(field.name for field in dataclasses.fields(MaPOConfig))}
     assert echoed["beta"] == 0.1
     for step in (0, 2, 4):
         with Image.open(folder / "samples" / f"step-{step:06d}.png") as image:
