@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.errors import InputError
 
 from ..objectives import reward_weighted_loss
-from ..training.configuration import STRICT, TrainingConfig, setting
+from ..training.configuration import STRICT, Place, TrainingConfig, setting
 from ..training.denoiser import Batch
 from ..training.preparation import Prepared, check, encode
 from ..training.randomness import BucketedBatches
@@ -34,7 +34,7 @@ class RewardWeightedConfig(TrainingConfig):
     method: ClassVar[str] = "rwl"
 
     beta: float = setting(1.0, "Weight of the pre-training images' denoising; 0 needs none.", ge=0)
-    pretraining_data: str | None = setting(None, "Captioned images like those the model was trained on.")
+    pretraining_data: Place | None = setting(None, "Captioned images like those the model was trained on.")
 
 
 class RewardWeightedTrainer(Trainer):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mmalign.errors import InputError
@@ -19,6 +19,7 @@ from .presets import PRESETS
 
 __all__ = [
     "STRICT",
+    "Place",
     "TrainingConfig",
     "differences",
     "dry_run_of",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+# A name or a place: a Path is welcome from Python, and text in the end, as hub ids are.
+Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 Config = TypeVar("Config", bound="TrainingConfig")
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -50,16 +54,16 @@ class TrainingConfig:
 
     method: ClassVar[str] = ""
 
-    data: str = setting(
+    data: Place = setting(
         "",
         "Training data: Parquet file or folder, folder with metadata.jsonl or winner/ and loser/, datasets:NAME.",
         fixed=False,  # a checkpoint knows the content
     )
     output: Path = setting(Path(), "Run folder: settings, checkpoints, samples, the finished LoRA.", fixed=False)
-    model: str = setting(
+    model: Place = setting(
         "stabilityai/stable-diffusion-xl-base-1.0", "Pipeline to train: hub id, folder, single file, or tiny:sdxl."
     )
-    vae: str | None = setting(None, "Another VAE: hub id or folder.")
+    vae: Place | None = setting(None, "Another VAE: hub id or folder.")
     variant: str | None = setting(None, "Weight variant of the hub repository, e.g. fp16.")
     preset: str | None = setting(
         None, f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.", fixed=False

@@ -183,6 +183,8 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
         return
     for path in report.exported:
         print(path)
+    if config.adaptation == "lora" and len(report.exported) == 1:
+        say("no kohya file: DoRA, and LoRAs on layers outside attention blocks, fit the diffusers format only")
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
     if report.resumed_from == report.step:
         begun = ", finished before; raise --steps to go on"

@@ -528,7 +528,7 @@ def test_rewards_weight_the_images(run, tmp_path, photo_pairs):
 
 def test_configs_are_plain_python(photo_pairs, tmp_path):
     """The documented way: a config, a trainer, a report."""
-    config = SupervisedConfig(**{**SMALL, "data": str(photo_pairs), "output": tmp_path / "run", "steps": 1})
+    config = SupervisedConfig(**{**SMALL, "data": photo_pairs, "output": tmp_path / "run", "steps": 1})
     assert SupervisedTrainer(config).train().step == 1
     for kind in (DiffusionDPOConfig, RewardWeightedConfig, SupervisedConfig, MaPOConfig):
         with pytest.raises(ValueError, match="rank"):
