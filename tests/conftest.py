@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Before any library reads them: no network, and no weights that happen to lie on this machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +33,32 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+class CommandResult(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
+    """Run a `mmalign` command line in this process; it may not print a traceback."""
+    from mmalign import cli
+
+    def call(*arguments: str | Path) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["mmalign", *map(os.fspath, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err + out
+        return CommandResult(code, out, err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mmalign import cli
-
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, command_line: Run, tmp_path: Path) -> Run:
     """Run `mmalign generate` in an empty folder, with the tiny SDXL for two steps unless said otherwise."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str | Path, tiny: bool = True) -> tuple[int, str, str]:
         quick = ["--model", "tiny:sdxl", "--steps", "2", "--device", "cpu"] if tiny else []
-        monkeypatch.setattr(sys, "argv", ["mmalign", "generate", *map(os.fspath, arguments), *quick])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err + out
-        return code, out, err
+        return command_line("generate", *arguments, *quick)
 
     return call
 
