@@ -57,7 +57,7 @@ class Validation:
             rows.append((text, [(image, title)]))
         self._latents.release()
         path.parent.mkdir(exist_ok=True)
-        return draw_contact_sheet(rows, path, cell=min(512, max(128, self._config.resolution)))
+        return draw_contact_sheet(rows, path, cell=min(512, max(256, self._config.resolution)))
 
     def _sample(self, embeddings: dict[str, Tensor], device: torch.device, seed: int) -> Tensor:
         dtype = next(self._pipeline.unet.parameters()).dtype
