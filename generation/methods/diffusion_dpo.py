@@ -40,11 +40,10 @@ class DiffusionDPOTrainer(Trainer):
         terms = diffusion_dpo_loss(
             self.denoiser.predict(batch), ref_pred, self.denoiser.target(batch), beta=self.config.beta
         )
-        z = terms.z.detach()
         return terms.loss, {
             "mse_w": terms.mse_w.detach(),
             "mse_l": terms.mse_l.detach(),
             "ref_mse_w": terms.ref_mse_w,
             "ref_mse_l": terms.ref_mse_l,
-            "margin_accuracy": (z > 0).to(z.dtype) + 0.5 * (z == 0),
+            "margin_accuracy": terms.ranked_right(),
         }

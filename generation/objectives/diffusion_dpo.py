@@ -23,12 +23,12 @@ class DiffusionDPOTerms(NamedTuple):
     ref_mse_l: Float[Tensor, " b"]
     z: Float[Tensor, " b"]
 
-    def accuracy(self, ties: float = 0.5) -> Float[Tensor, ""]:
-        """Share of pairs with z > 0; z = 0 counts as `ties` (0 in the paper's code, 0.5 in the diffusers example).
+    def ranked_right(self, ties: float = 0.5) -> Float[Tensor, " b"]:
+        """1 where z > 0, else 0; `ties` where z = 0 (0 in the paper's code, 0.5 in the diffusers example).
 
         At the first step of a LoRA run every z is 0 and the loss is log 2.
         """
-        return ((self.z > 0) + ties * (self.z == 0)).mean(dtype=self.z.dtype)
+        return (self.z > 0).to(self.z.dtype) + ties * (self.z == 0)
 
 
 def diffusion_dpo_loss(

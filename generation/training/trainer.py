@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign.encoders.stream import decode_ahead
-from mmalign.errors import InputError
+from mmalign.errors import InputError, UnreadableImageError
 from mmalign.progress import progress_bar
 
 from ..pipelines import pipeline_family, quiet_diffusers
@@ -221,6 +221,7 @@ class Trainer(ABC):
         config, accelerator = self.config, self.accelerator
         order = BucketedBatches([s.placement.target for s in data.samples], config.batch_size, config.seed)
         device = accelerator.device
+        loaded: Iterator[Batch]
 
         def jobs() -> Iterator[tuple[list[int], range]]:
             for step in range(start, config.steps):
@@ -234,13 +235,9 @@ class Trainer(ABC):
 
         if config.cache:
             ahead = config.accumulation + 2
-            loaded = (
-                made[0]
-                for _, made in decode_ahead(jobs(), load, ahead=ahead, workers=config.workers)
-                if isinstance(made, tuple)
-            )
+            loaded = map(_batch_of, decode_ahead(jobs(), load, ahead=ahead, workers=config.workers))
         else:  # the VAE runs on the device, between steps
-            loaded = (load(job)[0] for job in jobs())
+            loaded = (self.assemble(data, *job) for job in jobs())
         while chunk := [batch.to(device) for batch in itertools.islice(loaded, config.accumulation)]:
             yield chunk
 
@@ -430,6 +427,14 @@ class Trainer(ABC):
             self._folder.log({"step": self.step, **values})
         if self.config.tensorboard or self.config.wandb:
             self.accelerator.log(values, step=self.step)
+
+
+def _batch_of(outcome: tuple[object, tuple[Batch, Tensor | None] | UnreadableImageError]) -> Batch:
+    """A loaded batch; a failure is raised here, as leaving it out would shift all that follow."""
+    loaded = outcome[1]
+    if isinstance(loaded, UnreadableImageError):
+        raise loaded
+    return loaded[0]
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:

@@ -152,7 +152,7 @@ def test_dpo_of_the_reference_itself_is_log_2() -> None:
     terms = diffusion_dpo_loss(pred, pred.clone(), target)
     assert terms.loss.item() == pytest.approx(math.log(2))
     assert terms.z.tolist() == [0, 0, 0]
-    assert (terms.accuracy().item(), terms.accuracy(ties=0.0).item()) == (0.5, 0)
+    assert (terms.ranked_right().mean().item(), terms.ranked_right(ties=0.0).mean().item()) == (0.5, 0)
 
 
 def test_dpo_measures_both_gaps_by_half_of_beta() -> None:
@@ -162,7 +162,7 @@ def test_dpo_measures_both_gaps_by_half_of_beta() -> None:
     expected = [-10 * ((0.25 - 0.49) - (0.36 - 0.25)), -10 * ((0.04 - 0.01) - 0)]
     assert terms.z.tolist() == pytest.approx(expected)
     assert terms.loss.item() == pytest.approx(sum(math.log1p(math.exp(-z)) for z in expected) / 2)
-    assert terms.accuracy().item() == 0.5
+    assert terms.ranked_right().mean().item() == 0.5
 
 
 def test_swapping_a_dpo_pair_negates_z() -> None:

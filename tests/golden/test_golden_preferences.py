@@ -80,8 +80,8 @@ def test_diffusion_dpo_loss(golden):
             actual = {
                 "loss": terms.loss,
                 "inside_term": terms.z,
-                "implicit_acc_original": terms.accuracy(ties=0.0),
-                "implicit_acc_half_ties": terms.accuracy(ties=0.5),
+                "implicit_acc_original": terms.ranked_right(ties=0.0).mean(),
+                "implicit_acc_half_ties": terms.ranked_right(ties=0.5).mean(),
                 "raw_model_loss": torch.cat([terms.mse_w, terms.mse_l]).mean(),
                 "raw_ref_loss": torch.cat([terms.ref_mse_w, terms.ref_mse_l]).mean(),
                 "grad_model_pred": pred.grad,
