@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .pipelines import pipeline_family, quiet_diffusers, unavailable
 
@@ -135,8 +135,6 @@ def adapter_family(shapes: Mapping[str, Sequence[int]]) -> str | None:
 
 
 def _load_in_full(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> None:
-    from mmalign.encoders.hub import one_line
-
     shapes = _shapes(adapter.file)
     if any("dora_scale" in key for key in shapes):
         raise InputError(
@@ -149,7 +147,7 @@ def _load_in_full(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> N
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
         pipeline.load_lora_weights(str(adapter.file), adapter_name=name)
     except Exception as error:
-        raise InputError(_misfit(pipeline, adapter, shapes, f"cannot be applied ({one_line(error)})")) from None
+        raise InputError(_misfit(pipeline, adapter, shapes, f"cannot be applied ({reason_of(error)})")) from None
     left = _left_over(pipeline, list(wanted), name)
     if left:
         first = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
@@ -197,13 +195,11 @@ def _adaptable_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 def _shapes(file: Path) -> dict[str, list[int]]:
     from safetensors import SafetensorError, safe_open
 
-    from mmalign.encoders.hub import one_line
-
     try:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"adapter {file} is damaged ({one_line(error)}); copy or download it again") from None
+        raise InputError(f"adapter {file} is damaged ({reason_of(error)}); copy or download it again") from None
 
 
 def _only_file(names: Sequence[str], where: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.device import resolve_device, resolve_dtype
-from mmalign.errors import InputError, ModelUnavailableError
+from mmalign.errors import InputError, ModelUnavailableError, reason_of
 
 from .tiny import TINY_FAMILIES, tiny_pipeline
 
@@ -84,7 +84,7 @@ def load_pipeline(
             )
         return model
     target = resolve_device(device)
-    precision = _fitting_dtype(target) if dtype == "auto" else resolve_dtype(dtype)
+    precision = resolve_dtype(dtype, target)
     with quiet_diffusers():
         parts = {} if vae is None else {"vae": _load_vae(vae, precision)}
         parts |= {} if unet is None else {"unet": _load_unet(unet, precision)}
@@ -131,26 +131,17 @@ def unavailable(what: str, error: BaseException, ways_out: str) -> InputError | 
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from mmalign.encoders.hub import one_line
-
     if isinstance(error, GatedRepoError):
         return ModelUnavailableError(
             f"{what} is behind terms of use; accept them on its page at huggingface.co and run `hf auth login`"
         )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(f"{what} does not exist on the hub, or is private; check the name, or run `hf auth login`")
-    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else one_line(error)
+    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else reason_of(error)
     return ModelUnavailableError(
         f"{what} is not on this machine and could not be fetched ({why}); connect once and run again, "
         f"copy a filled HF_HOME here, or {ways_out}"
     )
-
-
-def _fitting_dtype(device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    with torch.cuda.device(device):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _load(model: str | Path, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
@@ -177,8 +168,6 @@ def _load(model: str | Path, dtype: torch.dtype, variant: str | None, parts: dic
 def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
-    from mmalign.encoders.hub import one_line
-
     try:
         layout = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -186,7 +175,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None, parts: d
         remedy = "it is an adapter: give it as adapter" if adapter else "give a folder written by save_pretrained"
         raise InputError(f"{folder} has no model_index.json, so it is not a pipeline; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'model_index.json'} cannot be read ({one_line(error)}); save it again") from None
+        raise InputError(f"{folder / 'model_index.json'} cannot be read ({reason_of(error)}); save it again") from None
     if layout.get("_class_name") not in FAMILIES.values():
         raise InputError(
             f"{folder} holds a {layout.get('_class_name')}, which is not supported; give one of "
@@ -219,11 +208,9 @@ def _load_hub(name: str, dtype: torch.dtype, variant: str | None, parts: dict[st
 
 
 def _variant_hint(what: str, error: BaseException, variant: str | None) -> str:
-    from mmalign.encoders.hub import one_line
-
     if variant is not None and f"variant={variant}" in str(error):
         return f"{what} has no weights of variant {variant!r}; leave the variant out"
-    return f"{what} cannot be loaded ({one_line(error)}); copy or save it again"
+    return f"{what} cannot be loaded ({reason_of(error)}); copy or save it again"
 
 
 def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> DiffusionPipeline:
@@ -234,8 +221,6 @@ def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> Diffusi
     import diffusers
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
-    from mmalign.encoders.hub import one_line
-
     layout = _single_file_layout(path)
     try:
         return getattr(diffusers, FAMILIES[_LAYOUTS[layout]]).from_single_file(str(path), torch_dtype=dtype, **parts)
@@ -245,7 +230,8 @@ def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> Diffusi
             what = f"the configuration of {path.name}, a few small files of {repository!r},"
             raise unavailable(what, error, "give a pipeline's folder") from None
         raise InputError(
-            f"model {path} cannot be loaded ({one_line(error)}); give a file that holds the whole pipeline, or a folder"
+            f"model {path} cannot be loaded ({reason_of(error)}); "
+            "give a file that holds the whole pipeline, or a folder"
         ) from None
 
 
@@ -272,8 +258,6 @@ def _tensor_shapes(path: Path) -> dict[str, torch.Tensor]:
     from diffusers.models.model_loading_utils import load_state_dict
     from safetensors import SafetensorError, safe_open
 
-    from mmalign.encoders.hub import one_line
-
     if path.suffix in _PICKLES:
         try:
             state = load_state_dict(str(path), map_location="meta")
@@ -293,13 +277,11 @@ def _tensor_shapes(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); download or copy it again") from None
+        raise InputError(f"{path} is damaged ({reason_of(error)}); download or copy it again") from None
 
 
 def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
     from diffusers import AutoencoderKL
-
-    from mmalign.encoders.hub import one_line
 
     path = Path(vae)
     try:
@@ -309,7 +291,7 @@ def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(str(vae), torch_dtype=dtype, **subfolder)
     except Exception as error:
         if path.exists() and not _is_about_the_hub(error):
-            raise InputError(f"VAE {path} cannot be loaded ({one_line(error)}); give an AutoencoderKL") from None
+            raise InputError(f"VAE {path} cannot be loaded ({reason_of(error)}); give an AutoencoderKL") from None
         raise unavailable(f"VAE {str(vae)!r}", error, "give a folder or file") from None
 
 
@@ -321,15 +303,13 @@ def _check_unet(model: str | Path, pipeline: DiffusionPipeline, parts: dict[str,
 def _load_unet(unet: str | Path, dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
-    from mmalign.encoders.hub import one_line
-
     path = Path(unet)
     try:
         subfolder = {"subfolder": "unet"} if (path / "unet").is_dir() else {}
         return UNet2DConditionModel.from_pretrained(str(unet), torch_dtype=dtype, **subfolder)
     except Exception as error:
         if path.exists() and not _is_about_the_hub(error):
-            raise InputError(f"UNet {path} cannot be loaded ({one_line(error)}); give a folder of one") from None
+            raise InputError(f"UNet {path} cannot be loaded ({reason_of(error)}); give a folder of one") from None
         raise unavailable(f"UNet {str(unet)!r}", error, "give a folder") from None
 
 

@@ -12,7 +12,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .conse import class_bridge
-    from .encoders import Encoder, load_encoder, register_source
+    from .encoders import Encoder, JoinedEncoder, load_encoder, register_source
     from .errors import MMAlignError
     from .imaging import ImagePreprocessing, read_image
 
@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "conse": ["class_bridge"],
-        "encoders": ["Encoder", "load_encoder", "register_source"],
+        "encoders": ["Encoder", "JoinedEncoder", "load_encoder", "register_source"],
         "errors": ["MMAlignError"],
         "imaging": ["ImagePreprocessing", "read_image"],
     },

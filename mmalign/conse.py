@@ -8,19 +8,15 @@ a large common direction, which would otherwise dominate every cosine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .encoders.encoder import Encoder
-from .encoders.folder import read_part, write_part
+from .encoders.joined import JoinedEncoder
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["ClassBridgeEncoder", "bridge_images", "centred_class_vectors", "class_bridge"]
 
@@ -31,7 +27,6 @@ def class_bridge(
     class_names: Sequence[str | Sequence[str]],
     *,
     temperature: float = 2.0,
-    spec: str = "class_bridge",
 ) -> ClassBridgeEncoder:
     """Join a classifier and a text encoder through the names of the classes: text search without captions.
 
@@ -61,8 +56,23 @@ def class_bridge(
     flat = torch.from_numpy(text_encoder.encode_texts([text for group in texts for text in group]))
     means = torch.stack([group.mean(dim=0) for group in flat.split([len(group) for group in texts])])
     vectors, centre = centred_class_vectors(means)
-    bridge = ClassBridgeEncoder(classifier, text_encoder, vectors, centre, temperature=temperature, spec=spec)
-    return bridge.to(classifier.device, classifier.dtype)
+    return bridge_of(classifier, text_encoder, vectors, centre, temperature=temperature)
+
+
+def bridge_of(
+    classifier: Encoder,
+    text_encoder: Encoder,
+    class_vectors: Float[Tensor, "classes dim"],
+    centre: Float[Tensor, " dim"],
+    *,
+    temperature: float,
+    spec: str = "",
+) -> ClassBridgeEncoder:
+    """`class_bridge` for class vectors worked out before."""
+    weights = {"class_vectors": class_vectors, "centre": centre}
+    settings = {"temperature": temperature}
+    dim = class_vectors.shape[1]
+    return ClassBridgeEncoder(classifier, text_encoder, weights, dim=dim, settings=settings, spec=spec)
 
 
 def centred_class_vectors(
@@ -82,83 +92,15 @@ def bridge_images(
     return torch.softmax(logits.float() / temperature, dim=-1) @ class_vectors
 
 
-class ClassBridgeEncoder(Encoder):
-    """The joined pair; made by `class_bridge`."""
+class ClassBridgeEncoder(JoinedEncoder):
+    """The joined pair; made by `class_bridge`. Weights `class_vectors` and `centre`, setting `temperature`."""
 
     source: ClassVar[str] = "class_bridge"
 
-    def __init__(
-        self,
-        classifier: Encoder,
-        text_encoder: Encoder,
-        class_vectors: Float[Tensor, "classes dim"],
-        centre: Float[Tensor, " dim"],
-        *,
-        temperature: float,
-        spec: str,
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.classifier = classifier
-        self.text_encoder = text_encoder
-        self.temperature = temperature
-        self.dim = int(class_vectors.shape[1])
-        self.preprocessing = classifier.preprocessing
-        self.model = nn.ModuleDict({"classifier": classifier.model, "text": text_encoder.model})
-        self.model.register_buffer("class_vectors", class_vectors)
-        self.model.register_buffer("centre", centre)
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        """Both."""
-        return frozenset({"image", "text"})
-
-    @property
-    def image_module(self) -> nn.Module | None:
-        """The classifier's; the class vectors stay in float32."""
-        return self.classifier.image_module
-
-    def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def join_images(self, features: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch dim"]:
         """Expected class vector."""
-        logits = self.classifier.image_features(pixel_values)
-        return bridge_images(logits, self.model.get_buffer("class_vectors"), self.temperature)
+        return bridge_images(features, self.weights["class_vectors"], self.settings["temperature"])
 
-    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+    def join_texts(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
         """Unit text vector minus the mean over classes."""
-        self.text_encoder.device = self.device
-        return nn.functional.normalize(self.text_encoder.text_features(texts), dim=-1) - self.model.get_buffer("centre")
-
-    def describe(self) -> dict[str, Any]:
-        """Both parts and the temperature."""
-        return {
-            "classifier": self.classifier.describe(),
-            "text": self.text_encoder.describe(),
-            "temperature": self.temperature,
-        }
-
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Both parts in folders of their own, class vectors and mean as safetensors."""
-        from safetensors.torch import save_file
-
-        vectors = {name: self.model.get_buffer(name).cpu() for name in ("class_vectors", "centre")}
-        save_file(vectors, folder / "classes.safetensors")
-        return {
-            "temperature": self.temperature,
-            "classifier": write_part(self.classifier, folder / "classifier"),
-            "text": write_part(self.text_encoder, folder / "text"),
-        }
-
-    @classmethod
-    def read(cls, folder: Path, config: dict[str, Any]) -> Self:
-        """Rebuild from the parts."""
-        from safetensors.torch import load_file
-
-        vectors = load_file(folder / "classes.safetensors")
-        return cls(
-            read_part(folder / "classifier", config["classifier"]),
-            read_part(folder / "text", config["text"]),
-            vectors["class_vectors"],
-            vectors["centre"],
-            temperature=float(config["temperature"]),
-            spec=str(folder),
-        )
+        return nn.functional.normalize(features, dim=-1) - self.weights["centre"]

@@ -1,7 +1,8 @@
 """The one device and dtype policy.
 
-`device=None` takes CUDA, then Apple's MPS, then the CPU. `dtype` names the precision of an image tower's weights;
-text towers stay in float32 on a CPU, where they are cheap, and features leave every encoder as float32.
+`device=None` takes CUDA, then Apple's MPS, then the CPU. `dtype="auto"` is bfloat16 on a GPU that computes in it,
+float16 on an older one, and float32 elsewhere; for image towers on a CPU a timed forward pass decides between the two.
+Text towers stay in float32 on a CPU, where they are cheap, and features leave every encoder as float32.
 """
 
 from __future__ import annotations
@@ -39,12 +40,18 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A weight precision by name: float32, bfloat16 or float16.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """A weight precision by name: float32, bfloat16 or float16; with a device also "auto" (see the module).
 
     Raises:
         InputError: another name.
     """
+    if dtype == "auto" and device is not None:
+        if device.type != "cuda":
+            return torch.float32
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:

@@ -207,7 +207,7 @@ def test_another_encoder_than_the_index(run: Run, index_copy: Path, photos: Path
     from mmalign import load_encoder
 
     other = load_encoder("bundled")
-    other.temperature = 3.0
+    other.settings["temperature"] = 3.0  # type: ignore[attr-defined]
     other.save(tmp_path / "other")
     result = run("index", photos, "--out", index_copy, "--encoder", tmp_path / "other", "-q")
     complaint(result, "'bundled'", str(tmp_path / "other"))

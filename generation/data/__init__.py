@@ -13,7 +13,6 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .checking import CheckedData, check_data
-    from .filtering import encoder_score
     from .rows import Example, ImageRef, Problem, Row
     from .sources import RowSource, open_source
 
@@ -21,7 +20,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checking": ["CheckedData", "check_data"],
-        "filtering": ["encoder_score"],
         "rows": ["Example", "ImageRef", "Problem", "Row"],
         "sources": ["RowSource", "open_source"],
     },

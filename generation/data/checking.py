@@ -20,7 +20,7 @@ from .rows import Example, Problem, Row, fingerprint_examples, preferred_image
 from .sources import RowSource, open_source
 
 if TYPE_CHECKING:
-    from .filtering import Score
+    from ..rewards.reward import AnyReward
 
 __all__ = ["CheckedData", "check_data"]
 
@@ -82,7 +82,7 @@ def check_data(
     workers: int | None = None,
     progress: bool = True,
     memory: str | Path | None = None,
-    score: Score | None = None,
+    reward: AnyReward | None = None,
     min_score: float | None = None,
     min_margin: float | None = None,
     allow_empty: bool = False,
@@ -106,8 +106,8 @@ def check_data(
         workers: decoding threads; one a core by default.
         progress: show a bar.
         memory: a folder that keeps the result, so that the same data under the same options are not decoded again.
-        score: any reward: a callable that takes a list of images `3 height width` in [0, 1], each of its own size,
-            and a list of their captions, and returns a number for each; see `generation.data.filtering.Score`.
+        reward: scores images with their captions, for `min_score` and `min_margin`: a `generation.rewards.Reward`, or
+            any callable with the arguments of its `score`.
         min_score: leave out rows whose winner scores less.
         min_margin: leave out pairs whose winner scores less than this above the loser.
         allow_empty: return an empty result where no row can be used, instead of raising.
@@ -115,7 +115,7 @@ def check_data(
     Raises:
         InputError: an option is out of range, the source cannot be opened or is of another kind, or nothing is left.
     """
-    _check_options(kind, max_pixels, min_side, workers, score, min_score, min_margin)
+    _check_options(kind, max_pixels, min_side, workers, reward, min_score, min_margin)
     source = open_source(data, split=split)
     width = 2 if kind == "pairs" else 1
     if source.images_per_row not in (None, width):
@@ -131,13 +131,13 @@ def check_data(
         if store:
             store.save(*known)
     examples, problems = known
-    if score is not None:
+    if reward is not None:
         from .filtering import filter_examples
 
         examples, low = filter_examples(
             source,
             examples,
-            score,
+            reward,
             min_score=min_score,
             min_margin=min_margin,
             workers=workers,
@@ -158,7 +158,7 @@ def _check_options(
     max_pixels: int,
     min_side: int,
     workers: int | None,
-    score: Score | None,
+    reward: AnyReward | None,
     min_score: float | None,
     min_margin: float | None,
 ) -> None:
@@ -170,10 +170,10 @@ def _check_options(
     for name, bound in (("min_score", min_score), ("min_margin", min_margin)):
         if bound is not None and not math.isfinite(bound):
             raise InputError(f"{name} is {bound}; give a finite number")
-    if score is None and (min_score is not None or min_margin is not None):
-        raise InputError("min_score and min_margin need a score (--filter-encoder on the command line)")
-    if score is not None and min_score is None and min_margin is None:
-        raise InputError("a score alone leaves nothing out; give min_score or min_margin with it")
+    if reward is None and (min_score is not None or min_margin is not None):
+        raise InputError("min_score and min_margin need a reward (--filter-encoder on the command line)")
+    if reward is not None and min_score is None and min_margin is None:
+        raise InputError("a reward alone leaves nothing out; give min_score or min_margin with it")
     if min_margin is not None and kind == "images":
         raise InputError("min_margin compares the images of a pair; use min_score for single images")
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from mmalign.encoders.stream import decode_ahead, default_workers
-from mmalign.errors import InputError, UnreadableImageError
+from mmalign.errors import UnreadableImageError
 from mmalign.imaging import read_image
 from mmalign.progress import progress_bar
 
+from ..rewards.reward import AnyReward, Reward, as_reward
 from .rows import Example, Problem, fingerprint_examples
 from .sources import RowSource
 
 if TYPE_CHECKING:
-    from mmalign.encoders import Encoder
-
     from .memory import CheckMemory
 
-__all__ = ["Score", "encoder_score", "filter_examples"]
-
-# Images `3 height width` in [0, 1], each of its own size, with a caption each; returns a number for each. An attribute
-# `fingerprint` (str), if there is one, says which reward it is, so that scores can be kept between runs.
-Score: TypeAlias = Callable[[list[Tensor], list[str]], Sequence[float]]
+__all__ = ["filter_examples"]
 
 _BATCH_IMAGES = 16
 _BATCH_PIXELS = 64_000_000
@@ -37,7 +31,7 @@ _BATCH_PIXELS = 64_000_000
 def filter_examples(
     source: RowSource,
     examples: Sequence[Example],
-    score: Score,
+    reward: AnyReward,
     *,
     min_score: float | None = None,
     min_margin: float | None = None,
@@ -52,18 +46,19 @@ def filter_examples(
     Args:
         source: where the images are read again.
         examples: checked rows.
-        score: see `Score`; called without gradients.
-        min_score: in the units of `score`.
-        min_margin: in the units of `score`.
+        reward: called without gradients.
+        min_score: in the units of `reward`.
+        min_margin: in the units of `reward`.
         workers: decoding threads.
         progress: show a bar.
-        memory: keeps the scores if `score` has a `fingerprint`.
+        memory: keeps the scores if `reward` has a `fingerprint`.
 
     Raises:
-        InputError: `score` returns another number of scores than it was given images.
+        InputError: `reward` returns another number of scores than it was given images.
     """
     margins = min_margin is not None
-    known = getattr(score, "fingerprint", None)
+    reward = as_reward(reward)
+    known = reward.fingerprint
     key = hashlib.sha256(f"{known} {margins} {fingerprint_examples(examples)}".encode()).hexdigest()
     kept = memory.load_scores(key) if memory and known else None
     scores: list[tuple[float, ...] | UnreadableImageError]
@@ -72,7 +67,7 @@ def filter_examples(
     else:
         with progress_bar("scoring", len(examples), unit="rows", enabled=progress) as advance:
             scores = []
-            for batch in _score_batches(source, examples, score, margins, workers):
+            for batch in _score_batches(source, examples, reward, margins, workers):
                 scores += batch
                 advance(len(batch))
         if memory and known:
@@ -91,29 +86,6 @@ def filter_examples(
     return left, problems
 
 
-class _EncoderScore:
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self.fingerprint = f"cosine of encoder {encoder.fingerprint}"
-
-    def __call__(self, images: list[Tensor], captions: list[str]) -> list[float]:
-        cosines = (self._encoder.encode_images(images) * self._encoder.encode_texts(captions)).sum(axis=1)
-        return [float(cosine) for cosine in cosines]
-
-
-def encoder_score(encoder: Encoder) -> Score:
-    """The cosine of image and caption in [-1, 1], by an encoder of both.
-
-    What is a good cosine differs between encoders: look at a few rows of the data before a threshold is chosen.
-
-    Raises:
-        InputError: the encoder takes no images or no texts.
-    """
-    encoder.require("image")
-    encoder.require("text")
-    return _EncoderScore(encoder)
-
-
 def _flaw(
     found: tuple[float, ...] | UnreadableImageError, min_score: float | None, min_margin: float | None
 ) -> tuple[str, str] | None:
@@ -128,7 +100,7 @@ def _flaw(
 
 
 def _score_batches(
-    source: RowSource, examples: Sequence[Example], score: Score, margins: bool, workers: int | None
+    source: RowSource, examples: Sequence[Example], reward: Reward, margins: bool, workers: int | None
 ) -> Iterator[list[tuple[float, ...] | UnreadableImageError]]:
     """Scores of consecutive examples, the winner's first, in batches bounded by images and by pixels."""
 
@@ -146,10 +118,10 @@ def _score_batches(
             images += len(found)
             pixels += sum(image[0].numel() for image in found)
         if images >= _BATCH_IMAGES or pixels >= _BATCH_PIXELS:
-            yield _score(waiting, score)
+            yield _score(waiting, reward)
             waiting, images, pixels = [], 0, 0
     if waiting:
-        yield _score(waiting, score)
+        yield _score(waiting, reward)
 
 
 def _read(image: bytes | Path | None) -> UInt8[Tensor, "3 height width"]:
@@ -159,21 +131,10 @@ def _read(image: bytes | Path | None) -> UInt8[Tensor, "3 height width"]:
 
 
 def _score(
-    rows: list[tuple[Example, list[Tensor] | UnreadableImageError]], score: Score
+    rows: list[tuple[Example, list[Tensor] | UnreadableImageError]], reward: Reward
 ) -> list[tuple[float, ...] | UnreadableImageError]:
     readable = [(example, found) for example, found in rows if isinstance(found, list)]
-    images: list[Float[Tensor, "3 height width"]] = [image.float() / 255 for _, found in readable for image in found]
+    images = [image for _, found in readable for image in found]
     captions = [example.caption for example, found in readable for _ in found]
-    with torch.no_grad():
-        returned = score(images, captions) if images else []
-    if not isinstance(returned, Iterable):
-        raise InputError(
-            f"the score returned {type(returned).__name__}; it must give a number for each image of a list"
-        )
-    scores = [float(value) for value in returned]
-    if len(scores) != len(images):
-        raise InputError(
-            f"the score returned {len(scores)} numbers for {len(images)} images; it must give one for each"
-        )
-    flat = iter(scores)
+    flat = iter(reward(images, captions).tolist())
     return [tuple(next(flat) for _ in found) if isinstance(found, list) else found for _, found in rows]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .columns import find_columns, form_rows
 from .rows import Row
@@ -76,7 +76,7 @@ def _load(name: str, split: str) -> Any:
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path) if path.exists() else name, split=split)
     except Exception as error:  # the library raises whatever the file, the hub or the network leads it to
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = reason_of(error)
         if isinstance(error, ConnectionError) or "offline" in why.lower():
             remedy = "connect once and run again, or give local Parquet files"
         else:

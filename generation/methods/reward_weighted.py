@@ -79,7 +79,7 @@ class RewardWeightedTrainer(Trainer):
             other = replace(config, seed=config.seed + 1_000_003)
             report = "left_out_pretraining_rows.jsonl"
             checked = check(
-                other, self.accelerator, config.pretraining_data, "winners", report=report, score=self._score
+                other, self.accelerator, config.pretraining_data, "winners", report=report, reward=self._reward
             )
             self._pretraining = encode(other, self.accelerator, checked, "winners", prepared.encoders)
             if config.cache:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 __all__ = ["TensorStore", "content_key"]
 
@@ -46,7 +46,7 @@ class TensorStore:
         except (OSError, SafetensorError) as error:
             self._path(key).unlink(missing_ok=True)
             raise InputError(
-                f"cache file {str(self._path(key))!r} could not be read ({' '.join(str(error).split())[:120]}); "
+                f"cache file {str(self._path(key))!r} could not be read ({reason_of(error)}); "
                 "run the same command again, it is then made anew"
             ) from None
 

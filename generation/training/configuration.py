@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .presets import PRESETS
 
@@ -226,7 +226,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"config {str(path)!r} cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or the 45th of a month
-        raise InputError(f"config {str(path)!r} is not valid YAML ({' '.join(str(error).split())[:160]})") from None
+        raise InputError(f"config {str(path)!r} is not valid YAML ({reason_of(error)})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mmalign.device import resolve_device, resolve_dtype
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .configuration import TrainingConfig
 
@@ -77,11 +77,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def training_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """Of the frozen weights and the forward pass. float16 is refused without a GPU: it needs loss scaling."""
-    if config.precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    dtype = resolve_dtype(config.precision)
+    dtype = resolve_dtype(config.precision, device)
     if dtype == torch.float16 and device.type != "cuda":
         raise InputError("precision float16 needs a CUDA device (loss scaling); use bfloat16 or float32")
     return dtype
@@ -139,7 +135,7 @@ def limits_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"the run in {str(config.output)!r} was stopped by the system: {' '.join(str(error).split())}; "
+            f"the run in {str(config.output)!r} was stopped by the system: {reason_of(error)}; "
             "mend that and run the same command again, it goes on from the newest checkpoint"
         ) from error
 

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.errors import MMAlignError
+from mmalign.errors import NonFiniteLossError
 
 from .denoiser import Batch
 
-__all__ = ["NonFiniteLossError", "Probe", "check_finite", "mean_of"]
-
-
-class NonFiniteLossError(MMAlignError):
-    """Training was stopped because the loss or the gradient is no longer a number; the weights were not updated."""
+__all__ = ["Probe", "check_finite", "mean_of"]
 
 
 @dataclass

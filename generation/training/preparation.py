@@ -13,7 +13,7 @@ import torch
 
 from mmalign.errors import InputError
 
-from ..data import CheckedData, RowSource, check_data, encoder_score, open_source
+from ..data import CheckedData, RowSource, check_data, open_source
 from ..pipelines import load_pipeline, pipeline_family
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
-    from ..data.filtering import Score
+    from ..rewards.reward import AnyReward
 
 __all__ = ["Encoders", "Prepared", "check", "encode", "prepare"]
 
@@ -56,10 +56,14 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig, accelerator: Accelerator, pipeline: DiffusionPipeline | None, unit: str, score: Score | None
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline | None,
+    unit: str,
+    reward: AnyReward | None,
 ) -> Prepared:
     """Check the rows first, as that is cheap and fails early; then load the model and encode what is missing."""
-    checked = check(config, accelerator, config.data, unit, score=score)
+    checked = check(config, accelerator, config.data, unit, reward=reward)
     # float32 until the denoiser is cast: latents and embeddings are made once and should not carry bfloat16's error.
     pipeline = pipeline or load_pipeline(
         config.model, device="cpu", dtype="float32", vae=config.vae, variant=config.variant
@@ -85,7 +89,7 @@ def check(
     unit: str,
     *,
     report: str = "left_out_rows.jsonl",
-    score: Score | None = None,
+    reward: AnyReward | None = None,
 ) -> CheckedData:
     """All rows; those that cannot be used are listed in the run folder and on standard error, or refused."""
     source = open_source(data, split=config.split)
@@ -97,7 +101,7 @@ def check(
             workers=config.workers,
             progress=config.progress and accelerator.is_main_process,
             memory=cache_folder(config) / "checks",
-            score=_score(config, score),
+            reward=_reward(config, reward),
             min_score=config.min_score,
             min_margin=config.min_margin,
         )
@@ -137,14 +141,16 @@ def cache_folder(config: TrainingConfig) -> Path:
     return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
 
 
-def _score(config: TrainingConfig, given: Score | None) -> Score | None:
+def _reward(config: TrainingConfig, given: AnyReward | None) -> AnyReward | None:
     if given is not None and config.filter_encoder is not None:
-        raise InputError("give either filter_encoder or a score of your own, not both")
+        raise InputError("give either filter_encoder or a reward of your own, not both")
     if config.filter_encoder is None:
         return given
     from mmalign import load_encoder
 
-    return encoder_score(load_encoder(config.filter_encoder, device=config.device))
+    from ..rewards import CosineReward
+
+    return CosineReward(load_encoder(config.filter_encoder, device=config.device))
 
 
 def _holds_pairs(source: RowSource) -> bool:

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .configuration import TrainingConfig, differences, read_yaml, write_config
 
@@ -39,7 +39,7 @@ class Checkpoint:
         except (InputError, torch.OutOfMemoryError):
             raise
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             raise InputError(
                 f"checkpoint {str(self.path)!r} is damaged ({reason}); "
                 "delete it and run the same command again, it goes on from the one before"

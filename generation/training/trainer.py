@@ -56,7 +56,7 @@ from .training_set import EncodedSet
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..data.filtering import Score
+    from ..rewards.reward import AnyReward
 
 __all__ = ["Trainer", "TrainingReport"]
 
@@ -88,18 +88,18 @@ class Trainer(ABC):
     needs_reference: ClassVar[bool] = False
 
     def __init__(
-        self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None, score: Score | None = None
+        self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None, reward: AnyReward | None = None
     ) -> None:
         """Nothing is loaded yet.
 
         Args:
             config: all settings.
             pipeline: trained in place of `config.model`; its denoiser is changed.
-            score: any reward of images and captions, for `min_score` and `min_margin` to filter the rows by.
+            reward: any reward of images and captions, for `min_score` and `min_margin` to filter the rows by.
         """
         self.config = dry_run_of(config) if config.dry_run else config
         self._pipeline = None if config.dry_run else pipeline
-        self._score = score
+        self._reward = reward
         self._folder = RunFolder(self.config.output)
         self._probe = Probe()
         self._warnings: list[str] = []
@@ -151,7 +151,7 @@ class Trainer(ABC):
 
     def prepare(self) -> Prepared:
         """Checked and encoded data with the pipeline; a method that trains on a second set adds it here."""
-        return prepare(self.config, self.accelerator, self._pipeline, self.unit, self._score)
+        return prepare(self.config, self.accelerator, self._pipeline, self.unit, self._reward)
 
     def attach(self, pipeline: DiffusionPipeline) -> None:
         """Make a pipeline's denoiser trainable on this trainer's device; `update` works from here on."""

@@ -78,13 +78,14 @@ def data_check(
     Exit codes: 0 all rows are usable, 4 some are left out, 1 none is usable,
     or some are left out and --strict.
     """
-    from generation.data import check_data, encoder_score
+    from generation.data import check_data
+    from generation.rewards import CosineReward
 
-    score = None
+    reward = None
     if filter_encoder is not None:
         from mmalign.encoders import load_encoder
 
-        score = encoder_score(load_encoder(filter_encoder, device=device))
+        reward = CosineReward(load_encoder(filter_encoder, device=device))
     checked = check_data(
         data,
         split=split,
@@ -93,7 +94,7 @@ def data_check(
         min_side=min_side,
         workers=workers,
         progress=not quiet,
-        score=score,
+        reward=reward,
         min_score=min_score,
         min_margin=min_margin,
         allow_empty=True,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from ..errors import EncoderUnavailableError, IndexDamagedError
+from ..errors import DamagedError, EncoderUnavailableError
+from ..files import sha256_of
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 
@@ -38,7 +38,7 @@ def load_bundled() -> Encoder:
 
     Raises:
         EncoderUnavailableError: the packages are not installed.
-        IndexDamagedError: their weights are not the known ones.
+        DamagedError: their weights are not the known ones.
     """
     if not is_installed():
         raise EncoderUnavailableError(
@@ -46,14 +46,14 @@ def load_bundled() -> Encoder:
         )
     from safetensors.torch import load_file
 
-    from ..conse import ClassBridgeEncoder
+    from ..conse import bridge_of
 
     vectors = load_file(_VECTORS)
-    return ClassBridgeEncoder(
+    return bridge_of(
         load_classifier(),
         load_text_encoder(),
-        vectors["class_vectors"].float(),
-        vectors["centre"].float(),
+        vectors["class_vectors"],
+        vectors["centre"],
         temperature=2.0,
         spec="bundled",
     )
@@ -101,14 +101,9 @@ def imagenet_class_texts() -> list[list[str]]:
 
 
 def _check(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(file.read()).hexdigest())
-        )
+    found = sha256_of(path)
     if found != expected:
-        raise IndexDamagedError(
+        raise DamagedError(
             f"{str(path)!r} is not the known file (SHA-256 {found[:12]}, expected {expected[:12]}); reinstall with "
             "`pip install --force-reinstall mmalign[offline]`"
         )

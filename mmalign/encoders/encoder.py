@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,56 +14,60 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checks import at_least
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError
-from ..fingerprint import weights_digest
-from ..imaging import ImagePreprocessing, read_image
+from ..fingerprint import digest_of
+from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing, read_image
 from ..progress import progress_bar
-from .hub import quiet_libraries
-from .stream import checked_batch_size, encode_stream
+from .folder import save_folder
+from .stream import encode_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT_VERSION", "Encoder", "read_encoder_json"]
+__all__ = ["Encoder"]
 
-FORMAT_VERSION = 1
+
+# `Encoder.source` as it stands in encoder.json -> class, for every class that has been defined.
+encoder_classes: dict[str, type[Encoder]] = {}
 
 
 class Encoder(ABC):
     """Maps images and texts to unit vectors of one space.
 
-    A subclass stands for one source of weights (or one way to combine encoders). It sets the attributes below and
-    implements `image_features` and/or `text_features`; batching, decoding, device, dtype, progress, normalisation and
-    the fingerprint are done here.
+    A subclass stands for one source of weights (or, as a `JoinedEncoder`, for a way to join two encoders). It names its
+    `source` and implements `image_features` and/or `text_features`, `describe`, `write` and `read`; batching, decoding,
+    device, dtype, progress, normalisation, the fingerprint and the saved folder are done here.
 
     Attributes:
-        source: name under which `load_encoder` finds the class.
+        source: name under which `load_encoder` finds the class of a saved folder.
+        model: all weights; state dict and fingerprint are taken from it.
         spec: what `load_encoder` was given.
         dim: width of the space.
         preprocessing: what an image goes through before the image tower; `None` for a text-only encoder.
-        model: all weights; state dict and fingerprint are taken from it.
     """
 
     source: ClassVar[str]
-    spec: str
-    dim: int
-    preprocessing: ImagePreprocessing | None
-    model: Any  # an nn.Module, with the attributes of its source
     default_batch_size: ClassVar[int] = 32
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, *, spec: str, dim: int, preprocessing: ImagePreprocessing | None = None) -> None:
+        """Takes a `torch.nn.Module` in float32 on the CPU, and puts it into evaluation mode."""
+        self.model = model.eval()
+        self.spec = spec
+        self.dim = dim
+        self.preprocessing = preprocessing
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._fingerprint: str | None = None
         self._rounded = False
 
-    # -- what a source provides ------------------------------------------------------------------------------------
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "source" in vars(cls):
+            encoder_classes[cls.source] = cls
 
-    @property
-    @abstractmethod
-    def modalities(self) -> frozenset[str]:
-        """Which of "image" and "text" it encodes."""
+    # -- what a source provides ------------------------------------------------------------------------------------
 
     def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Raw image features, differentiable, not normalised; input as `preprocessing` leaves it."""
@@ -87,46 +88,53 @@ class Encoder(ABC):
 
     @abstractmethod
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write weights (safetensors) and side files into `folder`; return what `read` needs to know."""
+        """Write weights (see `folder.write_weights`) and side files; return, JSON-safe, what `read` needs to know."""
 
     @classmethod
     @abstractmethod
     def read(cls, folder: Path, config: dict[str, Any]) -> Self:
-        """Rebuild from what `write` left."""
+        """Rebuild from what `write` left and returned; `preprocessing` is restored by the caller."""
 
     # -- what everybody calls --------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Which of "image" and "text" it encodes: those whose features the class implements."""
+        towers = {"image": "image_features", "text": "text_features"}
+        own, none = type(self), Encoder
+        return frozenset(name for name, method in towers.items() if getattr(own, method) is not getattr(none, method))
 
     def encode_images(
         self,
         images: Iterable[Any],
         *,
+        decode: DecodeSettings = DEFAULT_DECODING,
         batch_size: int | None = None,
-        progress: bool = False,
         workers: int | None = None,
+        progress: bool = False,
     ) -> Float[np.ndarray, "n dim"]:
         """Unit rows for images.
 
         Args:
             images: paths, bytes, Pillow images, arrays `height width 3` or tensors `3 height width`
                 (uint8, or float in [0, 1]); what `mmalign.imaging.read_image` takes. One image alone is a list of one.
+            decode: how files become pixels; give an index's own for what is to be compared with it.
             batch_size: images a forward pass; 32 by default.
-            progress: show a bar.
             workers: decoding threads; one a core by default.
+            progress: show a bar.
 
         Returns:
             float32, one row an image, each of norm 1.
 
         Raises:
-            InputError: this encoder takes no images, or `batch_size` is below 1.
+            InputError: this encoder takes no images, or `batch_size` or `workers` is below 1.
             UnreadableImageError: an image cannot be read; `retrieval.ImageIndex` skips such files instead.
         """
         self.require("image")
-        preprocessing = self.preprocessing
-        assert preprocessing is not None
         images = [images] if _is_one_image(images) else list(images)
 
         def load(image: Any) -> tuple[None, Tensor]:
-            return None, preprocessing(read_image(image).pixels)
+            return None, self.load_image(image, decode)[1]
 
         rows = []
         with progress_bar("encoding images", len(images), enabled=progress) as advance:
@@ -137,6 +145,23 @@ class Encoder(ABC):
                 rows.append(batch.vectors)
                 advance(len(batch.vectors))
         return np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float32)
+
+    def load_image(
+        self, image: Any, decode: DecodeSettings = DEFAULT_DECODING
+    ) -> tuple[DecodedImage, Float[Tensor, "3 height width"]]:
+        """An image as it was read, and as `image_features` takes it; safe to call from many threads.
+
+        Raises:
+            UnreadableImageError: it cannot be read.
+        """
+        assert self.preprocessing is not None
+        decoded = read_image(
+            image,
+            max_pixels=decode.max_pixels,
+            fast_decode=self.preprocessing.size if decode.fast_decode else None,
+            tolerate_truncation=decode.tolerate_truncation,
+        )
+        return decoded, self.preprocessing(decoded.pixels)
 
     @torch.inference_mode()
     def encode_texts(
@@ -152,7 +177,8 @@ class Encoder(ABC):
         for position, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"text {position} is {text!r}; give a string with at least one visible character")
-        size = checked_batch_size(batch_size, self.default_batch_size)
+        at_least("batch_size", batch_size)
+        size = batch_size or self.default_batch_size
         rows = []
         with progress_bar("encoding texts", len(texts), unit="texts", enabled=progress) as advance:
             for start in range(0, len(texts), size):
@@ -165,27 +191,21 @@ class Encoder(ABC):
         """Unit rows for preprocessed pixels; one forward pass."""
         return unit_rows(self.image_features(pixel_values.to(self.device, self.dtype)))
 
-    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype = "float32") -> Self:
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
         """Move to a device and set the dtype of the image tower, in place.
 
         Args:
             device: "cpu", "cuda", "cuda:1", "mps"; `None` takes the fastest kind present.
             dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on CUDA, and on a CPU where a timed forward
-                pass with it is faster; float32 otherwise.
+                pass with it is faster; float32 otherwise. `None` leaves it as it is.
         """
         _ = self.fingerprint  # taken from the weights as loaded, before any cast
         self.device = resolve_device(device)
         self.model.to(self.device)
         module = self.image_module
-        if dtype == "auto":
-            if self.device.type == "cuda":
-                dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            elif self.device.type == "cpu" and module is not None and self.preprocessing is not None:
-                dtype = self._fastest_dtype(module)
-            else:
-                dtype = torch.float32
-        self.dtype = resolve_dtype(dtype)
-        if module is not None:
+        if dtype is not None and module is not None:
+            measured = dtype == "auto" and self.device.type == "cpu" and self.preprocessing is not None
+            self.dtype = self._fastest_dtype(module) if measured else resolve_dtype(dtype, self.device)
             module.to(self.dtype)
             self._rounded = self._rounded or self.dtype != torch.float32
         return self
@@ -198,20 +218,21 @@ class Encoder(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of weights, preprocessing and normalisation: equal exactly when vectors are comparable.
+        """Hex digest of weights, preprocessing and normalisation: another one wherever vectors cannot be compared.
 
-        It does not depend on names, paths, device or dtype.
+        It does not depend on names, paths, device or dtype. Single numbers among the weights count only as far as
+        `describe` gives them, and two tensors of one shape that change places are not noticed (see
+        `mmalign.fingerprint`); a `JoinedEncoder` knows its tensors by name.
         """
         if self._fingerprint is None:
-            self._fingerprint = self._digest()
+            self._fingerprint = self.digest()
         return self._fingerprint
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """`fingerprint` taken anew, from the weights as they are now."""
         preprocessing = self.preprocessing.to_dict() if self.preprocessing else None
         about = {"source": self.source, "preprocessing": preprocessing, "normalise": "l2", **self.describe()}
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        digest.update(weights_digest(self.model).encode())
-        return digest.hexdigest()
+        return digest_of(about, self.model)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write to a folder that `load_encoder(folder)` reads: json and safetensors, no pickle.
@@ -222,43 +243,13 @@ class Encoder(ABC):
         Raises:
             InputError: `folder` exists and is not an encoder folder, or `to` has rounded the weights.
         """
-        target = Path(folder)
-        if target.exists() and not (target / "encoder.json").is_file():
-            raise InputError(f"{str(target)!r} exists and is not an encoder folder; choose another path")
-        fingerprint = self._digest()
+        fingerprint = self.digest()
         if self._rounded and fingerprint != self.fingerprint:
             raise InputError(
                 f"the weights of {self.spec!r} were rounded to half precision; load it with dtype='float32' to save it"
             )
         self._fingerprint = fingerprint
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-            fresh = Path(temporary) / "fresh"
-            fresh.mkdir()
-            with quiet_libraries():
-                config = self.write(fresh)
-            for path in fresh.rglob("*.safetensors"):
-                path.chmod(0o644)  # safetensors writes for the owner alone
-            about = {
-                "format": FORMAT_VERSION,
-                "source": self.source,
-                "spec": self.spec,
-                "dim": self.dim,
-                "fingerprint": fingerprint,
-                "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
-                "config": config,
-            }
-            (fresh / "encoder.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-            previous = Path(temporary) / "previous"
-            if target.exists():
-                target.rename(previous)
-            try:
-                fresh.rename(target)
-            except OSError:
-                if previous.exists():
-                    previous.rename(target)
-                raise
-        return target
+        return save_folder(self, Path(folder))
 
     def require(self, modality: str) -> None:
         """Raise InputError unless this encoder has a tower for "image" or "text"."""
@@ -280,25 +271,3 @@ def _is_one_image(images: Any) -> bool:
 def unit_rows(features: Float[Tensor, "n dim"]) -> Float[np.ndarray, "n dim"]:
     """L2-normalise in float32 and hand over to numpy."""
     return nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
-
-
-def read_encoder_json(folder: Path) -> dict[str, Any]:
-    """`encoder.json` of a saved folder.
-
-    Raises:
-        InputError: it is missing, unreadable, or of a newer format.
-    """
-    path = folder / "encoder.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        newer = about["format"] > FORMAT_VERSION
-    except FileNotFoundError:
-        raise InputError(f"{str(folder)!r} holds no encoder.json; give a folder made by Encoder.save") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} is not a readable encoder description ({error}); save it again") from None
-    if newer:
-        raise InputError(
-            f"{str(path)!r} has format {about['format']}, this mmalign reads up to {FORMAT_VERSION}; "
-            "upgrade with `pip install -U mmalign`"
-        )
-    return about

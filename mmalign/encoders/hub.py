@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import EncoderUnavailableError
+from ..errors import EncoderUnavailableError, reason_of
 
-__all__ = ["cached_repositories", "closest", "one_line", "quiet_libraries", "unavailable"]
+__all__ = ["cached_repositories", "closest", "quiet_libraries", "unavailable"]
 
 
 def cached_repositories() -> set[str]:
@@ -27,11 +27,6 @@ def cached_repositories() -> set[str]:
     }
 
 
-def one_line(error: BaseException) -> str:
-    """An exception of another library, fit for a message of ours."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 def closest(name: str, known: Sequence[str]) -> str:
     """A question to append to "no such name": the known names most like it, or nothing."""
     found = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
@@ -42,7 +37,7 @@ def unavailable(spec: str, error: BaseException) -> EncoderUnavailableError:
     """The error for weights that cannot be fetched, in one line, with the ways out."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else one_line(error)
+    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else reason_of(error)
     return EncoderUnavailableError(
         f"the weights of {spec!r} are not on this machine and could not be fetched ({why}); "
         "connect once and run again, copy a filled HF_HOME here, give a saved encoder folder, "

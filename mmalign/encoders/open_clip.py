@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
-from .hub import closest, one_line, quiet_libraries, unavailable
+from .folder import write_weights
+from .hub import closest, quiet_libraries, unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["OpenCLIPEncoder"]
+__all__ = ["OpenCLIPEncoder", "models"]
 
 
 class OpenCLIPEncoder(Encoder):
@@ -35,17 +36,11 @@ class OpenCLIPEncoder(Encoder):
     source: ClassVar[str] = "open_clip"
 
     def __init__(self, model: nn.Module, tokenizer: Any, model_config: dict[str, Any], spec: str) -> None:
-        super().__init__()
         import open_clip
 
-        self.spec = spec
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.model_config = model_config
-        self.dim = int(model_config["embed_dim"])
         config = open_clip.get_model_preprocess_cfg(model)
         size = config["size"]
-        self.preprocessing = ImagePreprocessing(
+        preprocessing = ImagePreprocessing(
             size=(size, size) if isinstance(size, int) else tuple(size),
             resize=config["resize_mode"],
             interpolation=config["interpolation"],
@@ -53,6 +48,9 @@ class OpenCLIPEncoder(Encoder):
             std=tuple(config["std"]),
             fill=config["fill_color"],
         )
+        super().__init__(model, spec=spec, dim=int(model_config["embed_dim"]), preprocessing=preprocessing)
+        self.tokenizer = tokenizer
+        self.model_config = model_config
 
     @classmethod
     def from_spec(cls, name: str) -> Self:
@@ -78,20 +76,15 @@ class OpenCLIPEncoder(Encoder):
         except Exception as error:
             if tag and Path(tag).is_file():
                 raise InputError(
-                    f"checkpoint {tag!r} does not fit open_clip model {model_name!r} ({one_line(error)}); "
+                    f"checkpoint {tag!r} does not fit open_clip model {model_name!r} ({reason_of(error)}); "
                     "name the model it was trained as, `mmalign encoders open_clip` lists them"
                 ) from None
             if name.startswith("local-dir:"):
-                raise InputError(f"open_clip cannot read the folder of {spec!r} ({one_line(error)})") from None
+                raise InputError(f"open_clip cannot read the folder of {spec!r} ({reason_of(error)})") from None
             raise unavailable(spec, error) from None
         if options.get("force_quick_gelu"):
             config["quick_gelu"] = True
         return cls(model, tokenizer, config, spec)
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        """Both."""
-        return frozenset({"image", "text"})
 
     @property
     def image_module(self) -> nn.Module:
@@ -116,10 +109,8 @@ class OpenCLIPEncoder(Encoder):
     def write(self, folder: Path) -> dict[str, Any]:
         """Write open_clip's own `local-dir:` layout, which open_clip loads as well."""
         import open_clip
-        from safetensors.torch import save_file
 
-        weights = {name: t.float().contiguous().cpu() for name, t in self.model.state_dict().items()}
-        save_file(weights, folder / "open_clip_model.safetensors")
+        write_weights(self.model.state_dict(), folder / "open_clip_model.safetensors")
         preprocessing = open_clip.get_model_preprocess_cfg(self.model)
         about = {"model_cfg": self.model_config, "preprocess_cfg": preprocessing}
         (folder / "open_clip_config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -137,6 +128,14 @@ class OpenCLIPEncoder(Encoder):
             model = open_clip.create_model(name, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(name)
         return cls(model, tokenizer, open_clip.get_model_config(name), spec=str(folder))
+
+
+def models() -> Iterator[tuple[str, str]]:
+    """Spec and hub repository of all that open_clip lists."""
+    import open_clip
+
+    for model, tag in open_clip.list_pretrained():
+        yield f"open_clip:{model}/{tag}", open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/")
 
 
 def _options_of_tag(model_name: str, tag: str) -> dict[str, Any]:

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from ..errors import InputError
-from .encoder import Encoder
+from .encoder import Encoder, encoder_classes
 from .folder import load_folder
 
-__all__ = ["DEFAULT_SPEC", "load_encoder", "register_source", "source_class", "sources"]
+__all__ = ["DEFAULT_SPEC", "SOURCES", "Source", "encoder_class", "load_encoder", "register_source", "resolve"]
 
 DEFAULT_SPEC = "open_clip:ViT-B-32-256/datacomp_s34b_b86k"
 
-# Spec prefix -> "module:callable" that takes the rest of the spec; imported when first used.
-_LOADERS: dict[str, str | Callable[[str], Encoder]] = {
-    "open_clip": "mmalign.encoders.open_clip:OpenCLIPEncoder.from_spec",
-    "timm": "mmalign.encoders.timm:TimmEncoder.from_spec",
-    "transformers": "mmalign.encoders.transformers:load_transformers",
+
+@dataclass(frozen=True)
+class Source:
+    """A way to name encoders.
+
+    Attributes:
+        load: takes what follows `PREFIX:` in a spec; or "module:callable", imported when first used.
+        summary: one line for `mmalign encoders`.
+        models: gives (spec, hub repository or "") of everything known by name; or `None` where there is no list.
+    """
+
+    load: Callable[[str], Encoder] | str
+    summary: str = ""
+    models: Callable[[], Iterable[tuple[str, str]]] | str | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "open_clip": Source(
+        "mmalign.encoders.open_clip:OpenCLIPEncoder.from_spec",
+        "MODEL/TAG: images and texts; also MODEL/CHECKPOINT_FILE and hf-hub:ORG/REPO",
+        "mmalign.encoders.open_clip:models",
+    ),
+    "transformers": Source(
+        "mmalign.encoders.transformers:load_transformers",
+        "ORG/REPO: CLIP, SigLIP, SigLIP 2 (images and texts); sentence encoders (texts only)",
+        "mmalign.encoders.transformers:models",
+    ),
+    "timm": Source("mmalign.encoders.timm:TimmEncoder.from_spec", "MODEL: images only", "mmalign.encoders.timm:models"),
 }
-# `Encoder.source` as it stands in encoder.json -> class.
-_CLASSES: dict[str, str | type[Encoder]] = {
-    "open_clip": "mmalign.encoders.open_clip:OpenCLIPEncoder",
-    "timm": "mmalign.encoders.timm:TimmEncoder",
-    "transformers": "mmalign.encoders.transformers:TransformersEncoder",
-    "sentence": "mmalign.encoders.transformers:SentenceEncoder",
-    "class_bridge": "mmalign.conse:ClassBridgeEncoder",
+_BUILT_IN = frozenset({*SOURCES, "bundled"})
+# `Encoder.source` as it stands in encoder.json -> module whose import defines the class.
+_MODULES = {
+    "open_clip": "mmalign.encoders.open_clip",
+    "timm": "mmalign.encoders.timm",
+    "transformers": "mmalign.encoders.transformers",
+    "sentence": "mmalign.encoders.transformers",
+    "class_bridge": "mmalign.conse",
 }
 
 
@@ -58,47 +85,55 @@ def load_encoder(
         from .bundled import load_bundled
 
         encoder = load_bundled()
-    elif colon and prefix in _LOADERS:
+    elif colon and prefix in SOURCES:
         if not rest:
             raise InputError(f"encoder {name!r} names no model; for example {DEFAULT_SPEC!r}")
-        loader = _LOADERS[prefix]
-        encoder = (_resolve(loader) if isinstance(loader, str) else loader)(rest)
+        encoder = resolve(SOURCES[prefix].load)(rest)
     elif Path(name).is_dir():
         encoder = load_folder(Path(name))
     else:
         raise InputError(
-            f"encoder {name!r} is neither a folder nor one of bundled, {', '.join(f'{p}:NAME' for p in _LOADERS)}; "
+            f"encoder {name!r} is neither a folder nor one of bundled, {', '.join(f'{p}:NAME' for p in SOURCES)}; "
             "`mmalign encoders` lists what can be loaded"
         )
     return encoder.to(device, dtype)
 
 
-def register_source(prefix: str, loader: Callable[[str], Encoder], *classes: type[Encoder]) -> None:
-    """Make `load_encoder("prefix:REST")` call `loader(REST)`, and let saved folders of `classes` be loaded again."""
-    _LOADERS[prefix] = loader
-    _CLASSES.update({cls.source: cls for cls in classes})
+def register_source(
+    prefix: str,
+    load: Callable[[str], Encoder],
+    *,
+    summary: str = "",
+    models: Callable[[], Iterable[tuple[str, str]]] | None = None,
+) -> None:
+    """Make `load_encoder("prefix:REST")` call `load(REST)`, and `mmalign encoders` list it; see `Source`.
+
+    Saved folders need no registration: the class that wrote one has to be defined (its module imported), no more.
+
+    Raises:
+        InputError: the prefix is taken by the library, or no prefix.
+    """
+    if prefix in _BUILT_IN or not prefix.isidentifier():
+        raise InputError(f"prefix {prefix!r} is taken or no name; give another")
+    SOURCES[prefix] = Source(load, summary, models)
 
 
-def source_class(source: str) -> type[Encoder]:
+def encoder_class(source: str) -> type[Encoder]:
     """The class whose `source` this is.
 
     Raises:
-        InputError: nobody registered it.
+        InputError: it has not been defined.
     """
-    found = _CLASSES.get(source)
-    if found is None:
+    if source not in encoder_classes and source in _MODULES:
+        import_module(_MODULES[source])
+    if source not in encoder_classes:
         raise InputError(f"a saved encoder of kind {source!r} needs the code that made it; import it first")
-    return _resolve(found) if isinstance(found, str) else found
+    return encoder_classes[source]
 
 
-def sources() -> list[str]:
-    """Known spec prefixes."""
-    return list(_LOADERS)
-
-
-def _resolve(path: str):  # type: ignore[no-untyped-def]
-    module, _, attributes = path.partition(":")
-    found = import_module(module)
-    for attribute in attributes.split("."):
-        found = getattr(found, attribute)
-    return found
+def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """A callable, imported if it is given as "module:name"."""
+    if callable(function):
+        return function
+    module, _, name = function.partition(":")
+    return cast("Callable[..., Any]", operator.attrgetter(name)(import_module(module)))

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError, UnreadableImageError
+from ..checks import at_least
+from ..errors import UnreadableImageError
 
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-__all__ = ["EncodedBatch", "Outcome", "checked_batch_size", "decode_ahead", "default_workers", "encode_stream"]
+__all__ = ["EncodedBatch", "Outcome", "decode_ahead", "default_workers", "encode_stream"]
 
 Source = TypeVar("Source")
 Payload = TypeVar("Payload")
@@ -47,17 +48,6 @@ class EncodedBatch(Generic[Source, Payload]):
 def default_workers() -> int:
     """Decoding threads: the cores this process may use. Pillow and torchvision release the GIL."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def checked_batch_size(batch_size: int | None, default: int) -> int:
-    """`batch_size`, or `default` where it is `None`.
-
-    Raises:
-        InputError: it is below 1.
-    """
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give 1 or more")
-    return batch_size or default
 
 
 def decode_ahead(
@@ -111,9 +101,11 @@ def encode_stream(
         Batches that cover the sources in order; the last one may be short.
 
     Raises:
-        InputError: `batch_size` is below 1.
+        InputError: `batch_size` or `workers` is below 1.
     """
-    size = checked_batch_size(batch_size, encoder.default_batch_size)
+    at_least("batch_size", batch_size)
+    at_least("workers", workers)
+    size = batch_size or encoder.default_batch_size
     pixels: list[Tensor] = []
     outcomes: list[Outcome[Source, Payload]] = []
     for source, loaded in decode_ahead(sources, load, ahead=3 * size, workers=workers):

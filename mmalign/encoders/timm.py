@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
+from .folder import write_weights
 from .hub import closest, unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TimmEncoder", "preprocessing_of"]
+__all__ = ["TimmEncoder", "models", "preprocessing_of"]
 
 
 class TimmEncoder(Encoder):
@@ -39,17 +41,14 @@ class TimmEncoder(Encoder):
         options: dict[str, Any] | None = None,
         preprocessing: ImagePreprocessing | None = None,
     ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.model = model.eval()
+        classes = int(model.num_classes)
+        pooled = getattr(model, "head_hidden_size", None) or model.num_features
+        super().__init__(
+            model, spec=spec, dim=classes or int(pooled), preprocessing=preprocessing or preprocessing_of(model)
+        )
         self.architecture = architecture
         self.options = options or {}
-        self.preprocessing = preprocessing or preprocessing_of(model)
-        self.classes = int(model.num_classes)
-        self.dim = self.classes or int(model.num_features)
-        head_width = getattr(model, "head_hidden_size", None)
-        if not self.classes and head_width:
-            self.dim = int(head_width)
+        self.classes = classes
 
     @classmethod
     def from_spec(cls, name: str, *, classifier: bool = False) -> Self:
@@ -84,11 +83,6 @@ class TimmEncoder(Encoder):
         return cls(model, architecture, f"timm:{name}", options=options)
 
     @property
-    def modalities(self) -> frozenset[str]:
-        """Images."""
-        return frozenset({"image"})
-
-    @property
     def image_module(self) -> nn.Module:
         """The whole model."""
         return self.model
@@ -104,10 +98,7 @@ class TimmEncoder(Encoder):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Weights as safetensors; the architecture by name."""
-        from safetensors.torch import save_file
-
-        weights = {name: t.float().contiguous().cpu() for name, t in self.model.state_dict().items()}
-        save_file(weights, folder / "timm_model.safetensors")
+        write_weights(self.model.state_dict(), folder / "timm_model.safetensors")
         config = {k: v for k, v in dict(self.model.pretrained_cfg).items() if _is_json(v)}
         options = {"num_classes": self.classes, **self.options}
         return {"architecture": self.architecture, "options": options, "pretrained_cfg": config}
@@ -141,6 +132,14 @@ def preprocessing_of(model: nn.Module) -> ImagePreprocessing:
         std=tuple(config["std"]),
         fill=tuple(round(255 * value) for value in config["mean"]) if mode == "border" else 0,
     )
+
+
+def models() -> Iterator[tuple[str, str]]:
+    """Spec and hub repository of all that timm has weights of."""
+    import timm
+
+    for name in timm.list_models(pretrained=True):
+        yield f"timm:{name}", timm.get_pretrained_cfg(name).hf_hub_id or ""
 
 
 def _is_json(value: Any) -> bool:

@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
-from .hub import one_line, quiet_libraries, unavailable
+from .hub import cached_repositories, quiet_libraries, unavailable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SentenceEncoder", "TransformersEncoder", "load_transformers", "model_and_tokenizer"]
+__all__ = ["SentenceEncoder", "TransformersEncoder", "load_transformers", "model_and_tokenizer", "models"]
 
 _PIL_RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
@@ -71,18 +71,14 @@ def load_transformers(name: str) -> Encoder:
 
 def _cannot_load(name: str, error: Exception) -> Exception:
     if Path(name).is_dir():
-        return InputError(f"transformers cannot read the folder {name!r} ({one_line(error)})")
+        return InputError(f"transformers cannot read the folder {name!r} ({reason_of(error)})")
     return unavailable(f"transformers:{name}", error)
 
 
 class _WithTokenizer(Encoder):
     """What both kinds share: a transformers model beside its tokenizer, saved in transformers' own layout."""
 
-    def __init__(self, model: Any, tokenizer: Any, spec: str) -> None:
-        super().__init__()
-        self.spec = spec
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+    tokenizer: Any
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Model inputs on the encoder's device."""
@@ -101,21 +97,16 @@ class TransformersEncoder(_WithTokenizer):
     source: ClassVar[str] = "transformers"
     families: ClassVar[tuple[str, ...]] = ("clip", "siglip")
 
-    def __init__(self, model: Any, tokenizer: Any, preprocessing: ImagePreprocessing, spec: str) -> None:
-        super().__init__(model, tokenizer, spec)
-        self.preprocessing = preprocessing
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: ImagePreprocessing | None, spec: str) -> None:
         config = model.config
         self.is_siglip = config.model_type == "siglip"
-        self.dim = int(config.vision_config.hidden_size if self.is_siglip else config.projection_dim)
+        dim = int(config.vision_config.hidden_size if self.is_siglip else config.projection_dim)
+        super().__init__(model, spec=spec, dim=dim, preprocessing=preprocessing)
+        self.tokenizer = tokenizer
         self.context_length = int(config.text_config.max_position_embeddings)
         # SigLIP 2 (Gemma vocabulary of 256,000) was trained on lower-cased text; its published tokenizer
         # configurations do not all say so.
         self.lowercase = self.is_siglip and config.text_config.vocab_size >= 256_000
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        """Both."""
-        return frozenset({"image", "text"})
 
     @property
     def image_module(self) -> nn.Module:
@@ -160,30 +151,24 @@ class TransformersEncoder(_WithTokenizer):
         about = processor_config(self.preprocessing, "SiglipImageProcessor" if self.is_siglip else "CLIPImageProcessor")
         path = folder / "transformers" / "preprocessor_config.json"
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        return {"preprocessing": self.preprocessing.to_dict()}
+        return {}
 
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any]) -> Self:
         """Rebuild from transformers' layout."""
         model, tokenizer = model_and_tokenizer(folder / "transformers")
-        return cls(model, tokenizer, ImagePreprocessing.from_dict(config["preprocessing"]), spec=str(folder))
+        return cls(model, tokenizer, None, spec=str(folder))
 
 
 class SentenceEncoder(_WithTokenizer):
     """A sentence encoder, texts only: token states pooled by mean, class token or maximum."""
 
     source: ClassVar[str] = "sentence"
-    preprocessing = None
 
     def __init__(self, model: Any, tokenizer: Any, pooling: dict[str, Any], spec: str) -> None:
-        super().__init__(model, tokenizer, spec)
+        super().__init__(model, spec=spec, dim=int(model.config.hidden_size))
+        self.tokenizer = tokenizer
         self.pooling = pooling
-        self.dim = int(model.config.hidden_size)
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        """Texts."""
-        return frozenset({"text"})
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Padded to the longest of the batch."""
@@ -222,6 +207,11 @@ class SentenceEncoder(_WithTokenizer):
         """Rebuild from transformers' layout."""
         model, tokenizer = model_and_tokenizer(folder / "transformers")
         return cls(model, tokenizer, config["pooling"], spec=str(folder))
+
+
+def models() -> list[tuple[str, str]]:
+    """Spec and name of the hub repositories cached here; the hub itself has no list of what fits."""
+    return [(f"transformers:{repository}", repository) for repository in sorted(cached_repositories())]
 
 
 def model_and_tokenizer(name: str | Path) -> tuple[nn.Module, Any]:

@@ -8,21 +8,25 @@ an encoder's input: uint8 as the encoder's authors do with Pillow, float differe
 
 from .preprocessing import ImagePreprocessing
 from .reading import (
+    DEFAULT_DECODING,
     DEFAULT_MAX_PIXELS,
     FLAGS,
     MAX_FILE_BYTES,
     REASONS,
     DecodedImage,
+    DecodeSettings,
     FileContent,
     read_file,
     read_image,
 )
 
 __all__ = [
+    "DEFAULT_DECODING",
     "DEFAULT_MAX_PIXELS",
     "FLAGS",
     "MAX_FILE_BYTES",
     "REASONS",
+    "DecodeSettings",
     "DecodedImage",
     "FileContent",
     "ImagePreprocessing",

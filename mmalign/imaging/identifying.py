@@ -8,7 +8,7 @@ import zlib
 
 from PIL import Image
 
-from ..errors import UnreadableImageError
+from ..errors import UnreadableImageError, reason_of
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -18,7 +18,6 @@ __all__ = [
     "explain",
     "is_cut",
     "jpeg_scan",
-    "one_line",
     "open_header",
     "png_checksums_hold",
     "refusal",
@@ -37,12 +36,6 @@ JPEG_END = b"\xff\xd9"
 def refusal(reason: str, name: str, detail: str) -> UnreadableImageError:
     """The error for a file, its name in front."""
     return UnreadableImageError(reason, f"{name}: {detail}")
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text without control characters (it may quote a file name), at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
 
 
 _plugin_lock = threading.Lock()
@@ -160,7 +153,7 @@ def ends_early(error: Exception, data: bytes, image_format: str) -> bool:
 
 def explain(error: Exception, data: bytes, image_format: str, name: str) -> UnreadableImageError:
     """A library's exception as an error with a reason."""
-    text = one_line(error)
+    text = reason_of(error)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return refusal("too_large", name, f"{image_format}: {text}")
     if ends_early(error, data, image_format):

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from .decoding import array_to_rgb, decode_jpeg, decode_with_pillow, no_size_warning
 from .identifying import (
     DEFAULT_MAX_PIXELS,
@@ -23,17 +23,18 @@ from .identifying import (
     UNDECODABLE,
     explain,
     is_cut,
-    one_line,
     open_header,
     png_checksums_hold,
     refusal,
 )
 
 __all__ = [
+    "DEFAULT_DECODING",
     "DEFAULT_MAX_PIXELS",
     "FLAGS",
     "MAX_FILE_BYTES",
     "REASONS",
+    "DecodeSettings",
     "DecodedImage",
     "FileContent",
     "read_file",
@@ -77,6 +78,25 @@ MAX_FILE_BYTES = 2 * 1024**3
 _EXTREME_ASPECT = 50
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | FileContent | Image.Image | np.ndarray | Tensor"
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How files become pixels, wherever images are to be compared: the same for an index and its queries.
+
+    Attributes:
+        fast_decode: let JPEGs be decoded at reduced size, at least twice the target: faster on large photographs, only
+            nearly the same pixels.
+        tolerate_truncation: keep images whose end is missing, flagged.
+        max_pixels: refuse larger images; `None` is the reader's own limit.
+    """
+
+    fast_decode: bool = False
+    tolerate_truncation: bool = False
+    max_pixels: int | None = None
+
+
+DEFAULT_DECODING = DecodeSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +165,7 @@ def read_file(path: str | os.PathLike[str]) -> FileContent:
             raise refusal("permission", name, "may not be read by this user") from None
         except (OSError, ValueError, MemoryError) as error:  # ValueError: a null character in the path
             loop = isinstance(error, OSError) and error.errno == errno.ELOOP
-            detail = "is a symbolic link to itself" if loop else f"cannot be read: {one_line(error)}"
+            detail = "is a symbolic link to itself" if loop else f"cannot be read: {reason_of(error)}"
             raise refusal("unreadable", name, detail) from error
         unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
         if unchanged and len(data) == after.st_size:

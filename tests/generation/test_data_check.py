@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from generation.data import check_data, encoder_score
+from generation.data import check_data
+from generation.rewards import CosineReward
 from mmalign import Encoder, cli
 from mmalign.errors import InputError
 from mmalign.imaging import read_file, read_image
@@ -396,15 +397,15 @@ def gray_pairs(folder: Folder) -> Path:
 
 def test_filter_by_score_and_by_margin(gray_pairs: Path) -> None:
     """Winners score (51 i + 1) / 255, the loser 0.4."""
-    assert [e.row for e in check(gray_pairs, score=brightness, min_score=0.4).examples] == [2, 3, 4]
-    checked = check(gray_pairs, score=brightness, min_margin=0.2)
+    assert [e.row for e in check(gray_pairs, reward=brightness, min_score=0.4).examples] == [2, 3, 4]
+    checked = check(gray_pairs, reward=brightness, min_margin=0.2)
     assert [e.row for e in checked.examples] == [3, 4]
     low = [(p.row, p.reason, p.fatal) for p in checked.problems]
     assert low == [(0, "low_score", True), (1, "low_score", True), (2, "low_score", True)]
     assert f"{1 / 255 - 0.4:.4g}" in checked.problems[0].message
-    assert [e.row for e in check(gray_pairs, score=brightness, min_score=0.7, min_margin=0.2).examples] == [4]
+    assert [e.row for e in check(gray_pairs, reward=brightness, min_score=0.7, min_margin=0.2).examples] == [4]
     with pytest.raises(InputError, match=r"none of the 5 rows.*5 low_score"):
-        check(gray_pairs, score=lambda images, _: [float("nan")] * len(images), min_score=0.0)
+        check(gray_pairs, reward=lambda images, _: [float("nan")] * len(images), min_score=0.0)
 
 
 @pytest.mark.parametrize(("pixels", "most"), [(10**9, 16), (3 * 64 * 64, 4)])
@@ -423,7 +424,7 @@ def test_scoring_is_bounded_by_images_and_by_pixels(
         sizes.append(len(images))
         return brightness(images, captions)
 
-    checked = check(gray_pairs, score=score, min_margin=0.2)
+    checked = check(gray_pairs, reward=score, min_margin=0.2)
     assert len(checked.examples) == 10
     assert sum(sizes) == 50
     assert max(sizes) == most
@@ -437,7 +438,7 @@ def test_a_wrong_row_does_not_bar_the_right_one(folder: Folder) -> None:
     folder.add(caption="light", winner="light.png", loser="dark.png")
     path = folder.write()
     assert [e.row for e in check(path).examples] == [0]
-    assert [e.row for e in check(path, score=brightness, min_margin=0.0).examples] == [1]
+    assert [e.row for e in check(path, reward=brightness, min_margin=0.0).examples] == [1]
 
 
 def test_scores_are_remembered_if_the_score_says_which_it_is(gray_pairs: Path, tmp_path: Path) -> None:
@@ -452,38 +453,38 @@ def test_scores_are_remembered_if_the_score_says_which_it_is(gray_pairs: Path, t
             return brightness(images, captions)
 
     memory = tmp_path / "memory"
-    first = check(gray_pairs, score=Named("a"), min_score=0.4, memory=memory)
+    first = check(gray_pairs, reward=Named("a"), min_score=0.4, memory=memory)
     assert sum(calls) == 5, "losers are scored for margins only"
-    assert check(gray_pairs, score=Named("a"), min_score=0.4, memory=memory).examples == first.examples
-    assert [e.row for e in check(gray_pairs, score=Named("a"), min_score=0.7, memory=memory).examples] == [4]
+    assert check(gray_pairs, reward=Named("a"), min_score=0.4, memory=memory).examples == first.examples
+    assert [e.row for e in check(gray_pairs, reward=Named("a"), min_score=0.7, memory=memory).examples] == [4]
     assert sum(calls) == 5
-    check(gray_pairs, score=Named("b"), min_score=0.4, memory=memory)
+    check(gray_pairs, reward=Named("b"), min_score=0.4, memory=memory)
     assert sum(calls) == 10
-    check(gray_pairs, score=Named(None), min_score=0.4, memory=memory)
-    check(gray_pairs, score=Named(None), min_score=0.4, memory=memory)
+    check(gray_pairs, reward=Named(None), min_score=0.4, memory=memory)
+    check(gray_pairs, reward=Named(None), min_score=0.4, memory=memory)
     assert sum(calls) == 20
 
 
-def test_encoder_score_is_the_cosine(tiny_open_clip: Encoder, folder: Folder) -> None:
+def test_cosine_reward(tiny_open_clip: Encoder, folder: Folder) -> None:
     folder.add(caption="a cat", winner="0.png", loser="1.png")
     folder.add(caption="a dog", winner="2.png", loser="3.png")
     path = folder.write()
     images = tiny_open_clip.encode_images([path / f"{i}.png" for i in range(4)])
     texts = tiny_open_clip.encode_texts(["a cat", "a cat", "a dog", "a dog"])
     cosines = np.einsum("nd,nd->n", images, texts)
-    scored = encoder_score(tiny_open_clip)([read_image(path / "2.png").pixels / 255], ["a dog"])
+    scored = CosineReward(tiny_open_clip)([read_image(path / "2.png").pixels / 255], ["a dog"])
     np.testing.assert_allclose(scored, cosines[2:3], atol=1e-5)
     between = float(cosines[[0, 2]].mean())
-    checked = check(path, score=encoder_score(tiny_open_clip), min_score=between)
+    checked = check(path, reward=CosineReward(tiny_open_clip), min_score=between)
     assert [e.row for e in checked.examples] == [int(cosines[2] > cosines[0])]
     between = float((cosines[[0, 2]] - cosines[[1, 3]]).mean())
-    checked = check(path, score=encoder_score(tiny_open_clip), min_margin=between)
+    checked = check(path, reward=CosineReward(tiny_open_clip), min_margin=between)
     assert [e.row for e in checked.examples] == [int(cosines[2] - cosines[3] > cosines[0] - cosines[1])]
 
 
 def test_image_only_encoder_cannot_score(tiny_timm: Encoder) -> None:
     with pytest.raises(InputError, match="text"):
-        encoder_score(tiny_timm)
+        CosineReward(tiny_timm)
 
 
 @pytest.mark.parametrize(
@@ -493,12 +494,12 @@ def test_image_only_encoder_cannot_score(tiny_timm: Encoder) -> None:
         ({"max_pixels": 0}, "max_pixels is 0"),
         ({"min_side": 0}, "min_side is 0"),
         ({"workers": 0}, "workers is 0"),
-        ({"min_score": 0.1}, "need a score"),
-        ({"score": brightness}, "min_score or min_margin"),
-        ({"score": brightness, "min_margin": 0.1, "kind": "images"}, "min_margin compares"),
-        ({"score": lambda images, captions: [1.0], "min_margin": 0.1}, "returned 1 numbers for 10 images"),
-        ({"score": lambda images, captions: None, "min_margin": 0.1}, "returned NoneType"),
-        ({"score": brightness, "min_score": float("nan")}, "min_score is nan"),
+        ({"min_score": 0.1}, "need a reward"),
+        ({"reward": brightness}, "min_score or min_margin"),
+        ({"reward": brightness, "min_margin": 0.1, "kind": "images"}, "min_margin compares"),
+        ({"reward": lambda images, captions: [1.0], "min_margin": 0.1}, "returned 1 numbers for 10 images"),
+        ({"reward": lambda images, captions: None, "min_margin": 0.1}, "returned NoneType"),
+        ({"reward": brightness, "min_score": float("nan")}, "min_score is nan"),
         ({"memory": "{set}/0.png"}, "cannot be made"),
     ],
 )
@@ -613,7 +614,7 @@ def test_command_filters_by_encoder(
     path = folder.write()
     spec = f"open_clip:tiny-clip/{open_clip_checkpoint}"
     options = ("--filter-encoder", spec, "--device", "cpu", "-q")
-    cosine = encoder_score(tiny_open_clip)([read_image(path / "0.png").pixels / 255], ["a cat"])[0]
+    cosine = CosineReward(tiny_open_clip)([read_image(path / "0.png").pixels / 255], ["a cat"])[0]
     assert run(path, *options, "--min-score", str(cosine - 0.01))[0] == 0
     code, out, _ = run(path, *options, "--min-score", str(cosine + 0.01))
     assert code == 1

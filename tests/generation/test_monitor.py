@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from generation.training.denoiser import Batch, Conditioning
-from generation.training.monitor import NonFiniteLossError, Probe, check_finite, mean_of
-from mmalign.errors import MMAlignError
+from generation.training.monitor import Probe, check_finite, mean_of
+from mmalign.errors import MMAlignError, NonFiniteLossError
 
 
 def batch(names: list[str], times: list[int], members: int = 2, pretraining: Batch | None = None) -> Batch:

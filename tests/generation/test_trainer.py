@@ -33,9 +33,8 @@ from generation.objectives import pair_errors
 from generation.pipelines import load_pipeline
 from generation.tiny import tiny_pipeline
 from generation.training.configuration import TrainingConfig
-from generation.training.monitor import NonFiniteLossError
 from generation.training.trainer import Trainer, TrainingReport
-from mmalign.errors import InputError
+from mmalign.errors import InputError, NonFiniteLossError
 
 SMALL: dict[str, Any] = {
     "model": "tiny:sdxl",

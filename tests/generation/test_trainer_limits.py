@@ -24,11 +24,11 @@ from generation.training import trainer as trainer_module
 from generation.training.configuration import TrainingConfig
 from generation.training.denoiser import Batch, Conditioning, Denoiser
 from generation.training.hardware import training_dtype
-from generation.training.monitor import NonFiniteLossError, check_finite
+from generation.training.monitor import check_finite
 from generation.training.run_folder import RunFolder
 from generation.training.trainer import Trainer, TrainingReport
 from mmalign import cli
-from mmalign.errors import InputError
+from mmalign.errors import InputError, NonFiniteLossError
 
 Run = Callable[..., TrainingReport]
 
@@ -40,13 +40,13 @@ def limits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(photo_pairs: Path, tmp_path: Path, limits_cache: Path) -> Run:
-    """Train two steps in `tmp_path / "run"`, with anything overridden; `score` goes to the trainer."""
+    """Train two steps in `tmp_path / "run"`, with anything overridden; `reward` goes to the trainer."""
 
-    def go(kind: type[Trainer] = MaPOTrainer, score: Any = None, **settings: Any) -> TrainingReport:
+    def go(kind: type[Trainer] = MaPOTrainer, reward: Any = None, **settings: Any) -> TrainingReport:
         given = {"data": str(photo_pairs), "output": tmp_path / "run", "cache_dir": limits_cache, "model": "tiny:sdxl"}
         given |= {"resolution": 64, "steps": 2, "batch_size": 2, "accumulation": 2, "rank": 4, "probe_size": 0}
         given |= {"learning_rate": 1e-3, "device": "cpu", "progress": False}
-        return kind(kind.config_class(**(given | settings)), score=score).train()
+        return kind(kind.config_class(**(given | settings)), reward=reward).train()
 
     return go
 
@@ -263,7 +263,7 @@ def test_a_score_of_ones_own_filters_the_pretraining_images_as_well(
         seen.extend(captions)
         return [float(caption == wanted) for caption in captions]
 
-    run(RewardWeightedTrainer, score=score, min_score=0.5, pretraining_data=str(photo_pairs), steps=1)
+    run(RewardWeightedTrainer, reward=score, min_score=0.5, pretraining_data=str(photo_pairs), steps=1)
     for name in ("left_out_rows.jsonl", "left_out_pretraining_rows.jsonl"):
         reasons = [json.loads(line)["reason"] for line in (tmp_path / "run" / name).read_text().splitlines()]
         assert reasons == ["low_score"] * 7

@@ -86,11 +86,11 @@ def test_names_and_descriptions(tiny_sentence: Encoder) -> None:
     """A bare name also stands as a photo of it; of several texts the mean counts."""
     bare = class_bridge(Colours(), tiny_sentence, list(COLOURS))
     spelt = class_bridge(Colours(), tiny_sentence, [[name, f"a photo of a {name}"] for name in COLOURS])
-    np.testing.assert_allclose(bare.model.class_vectors, spelt.model.class_vectors, atol=1e-6)
+    np.testing.assert_allclose(bare.weights["class_vectors"], spelt.weights["class_vectors"], atol=1e-6)
     groups = [["a dog", "a cat", "a horse"], ["pizza"], ["a kitchen", "a table"]]
     means = np.stack([tiny_sentence.encode_texts(group).mean(axis=0) for group in groups])
     encoder = class_bridge(Colours(), tiny_sentence, groups)
-    np.testing.assert_allclose(encoder.model.class_vectors, unit(means - means.mean(axis=0)), atol=1e-5)
+    np.testing.assert_allclose(encoder.weights["class_vectors"], unit(means - means.mean(axis=0)), atol=1e-5)
 
 
 def test_temperature_spreads_and_is_part_of_the_fingerprint(tiny_sentence: Encoder, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_bundled_class_vectors_are_those_of_the_names(bundled: Encoder) -> None:
     chosen = range(0, 1000, 40)
     flat = bundled.encode_texts([text for i in chosen for text in texts[i]])  # centred, then normalised
     own = bundled.text_encoder.encode_texts([text for i in chosen for text in texts[i]])  # type: ignore[attr-defined]
-    centre, vectors = bundled.model.centre.numpy(), bundled.model.class_vectors.numpy()
+    centre, vectors = bundled.weights["centre"].numpy(), bundled.weights["class_vectors"].numpy()
     np.testing.assert_allclose(flat, unit(own - centre), atol=1e-5)
     expected = unit(own.reshape(len(chosen), 3, -1).mean(axis=1) - centre)
     assert (unit(vectors[list(chosen)]) * expected).sum(axis=1).min() > 0.999

@@ -616,7 +616,7 @@ def test_encoder_whose_weights_have_changed_is_refused(
 ) -> None:
     import mmalign.encoders.registry as registry
 
-    monkeypatch.setitem(registry._LOADERS, "tiny", lambda rest: TinyEncoder(7))
+    monkeypatch.setitem(registry.SOURCES, "tiny", registry.Source(lambda rest: TinyEncoder(7)))
     with pytest.raises(EncoderMismatchError, match="tiny:0"):
         ImageIndex.open(folder).search("words")
 

@@ -26,21 +26,15 @@ class TinyEncoder(Encoder):
     source = "tiny"
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.spec = f"tiny:{seed}"
-        self.dim = DIM
-        self.seed = seed
         half = (0.5, 0.5, 0.5)
-        self.preprocessing = ImagePreprocessing(size=(8, 8), resize="squash", mean=half, std=half)
-        self.model = nn.Module()
+        preprocessing = ImagePreprocessing(size=(8, 8), resize="squash", mean=half, std=half)
+        model = nn.Module()
         weights = np.random.default_rng(seed).standard_normal((192, DIM)).astype(np.float32)
-        self.model.register_buffer("projection", torch.from_numpy(weights))
+        model.register_buffer("projection", torch.from_numpy(weights))
+        super().__init__(model, spec=f"tiny:{seed}", dim=DIM, preprocessing=preprocessing)
+        self.seed = seed
         self.encoded = 0
         self.before_batch: Callable[[], None] = lambda: None
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        return frozenset({"image", "text"})
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         self.before_batch()
@@ -78,4 +72,4 @@ def expected_vector(path: Path, seed: int = 0) -> np.ndarray:
     return (features / np.linalg.norm(features)).astype(np.float32)
 
 
-register_source("tiny", lambda rest: TinyEncoder(int(rest)), TinyEncoder)
+register_source("tiny", lambda rest: TinyEncoder(int(rest)))

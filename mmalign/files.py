@@ -1,0 +1,111 @@
+"""Writing files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import InputError, reason_of
+
+__all__ = ["save_tensors", "sha256_of", "whole_file", "whole_folder"]
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], *, durable: bool = False, remedy: str = "") -> Iterator[Path]:
+    """Yield a hidden path beside `path`, of the same suffix; what was written there gets the name at the end.
+
+    A failure, or a kill, leaves what was there before. Folders above are made.
+
+    Args:
+        path: the file to be, replaced if it exists.
+        durable: reach the disk before the name does, for what a power cut must not take.
+        remedy: what to do where it cannot be written; choose another place or make room, by default.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = Path(path)
+    fresh = _hidden(target)
+    with _explained(target, remedy):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield fresh
+            if durable:
+                _sync(fresh)
+            fresh.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], *, remedy: str = "") -> Iterator[Path]:
+    """Yield a fresh hidden folder beside `path`, which takes its place at the end; a failure leaves what was there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = Path(path)
+    fresh, previous = _hidden(target), _hidden(target)
+    with _explained(target, remedy):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.mkdir()
+            yield fresh
+            if target.exists():
+                target.rename(previous)
+            try:
+                fresh.rename(target)
+            except OSError:
+                if previous.exists():
+                    previous.rename(target)
+                raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors that others may read too: the library itself writes for the owner alone."""
+    from safetensors.torch import save_file
+
+    detached = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(detached, path, metadata=dict(metadata) if metadata else None)
+    path.chmod(0o644)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hidden(target: Path) -> Path:
+    return target.with_name(f".{target.stem[:40]}-{uuid.uuid4().hex[:12]}{target.suffix}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _explained(target: Path, remedy: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = remedy or "choose another place, or make room"
+        raise InputError(f"{str(target)!r} cannot be written ({reason_of(error)}); {remedy}") from None
