@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..checks import at_least
 from ..errors import InputError, UnreadableImageError
+from ..files import whole_file
 from .reading import read_image
 
 __all__ = ["draw_contact_sheet"]
@@ -47,10 +48,10 @@ def draw_contact_sheet(
     """
     if not rows:
         raise InputError("there are no pictures to draw")
+    at_least("columns", columns)
+    at_least("cell", cell)
     if columns is None:
         columns = max(1, min(_MOST_COLUMNS, max(len(pictures) for _, pictures in rows)))
-    if columns < 1 or cell < 1:
-        raise InputError(f"columns and cell must be at least 1, not {columns} and {cell}")
     blocks = [(heading, [(picture, _lines(caption)) for picture, caption in row]) for heading, row in rows]
     most_lines = max((len(lines) for _, pictures in blocks for _, lines in pictures), default=0)
     step = cell + 6 + _LINE * most_lines + _GAP
@@ -71,7 +72,12 @@ def draw_contact_sheet(
                 place = (left, upper + cell + 2 + line * _LINE)
                 draw.text(place, _fit(draw, text, small, cell), fill="gray" if line else "black", font=small)
         top += height
-    return _save(canvas, Path(path))
+    with whole_file(path, remedy="choose another place, with a name that ends in .png") as fresh:
+        try:
+            canvas.save(fresh)
+        except ValueError as error:  # a suffix that Pillow does not know
+            raise OSError(str(error)) from None
+    return Path(path)
 
 
 def _lines(caption: Caption) -> Sequence[str]:
@@ -81,9 +87,10 @@ def _lines(caption: Caption) -> Sequence[str]:
 def _thumbnail(picture: Picture, cell: int) -> Image.Image:
     try:
         pixels = read_image(picture).to_pil()
-    except UnreadableImageError:
+    except UnreadableImageError as error:
         blank = Image.new("RGB", (cell, cell), "gainsboro")
-        ImageDraw.Draw(blank).text((8, cell // 2), "file is gone", fill="gray", font=ImageFont.load_default(13))
+        reason = error.reason.replace("_", " ")
+        ImageDraw.Draw(blank).text((8, cell // 2), reason, fill="gray", font=ImageFont.load_default(13))
         return blank
     return ImageOps.pad(pixels, (cell, cell), color="white")
 
@@ -93,18 +100,3 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: _Font, width: int) -> str:
     while draw.textlength(text, font) > width and len(text) > 1:
         text = text[:-2] + "…"
     return text
-
-
-def _save(canvas: Image.Image, target: Path) -> Path:
-    unfinished = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    try:
-        canvas.save(unfinished)
-        unfinished.replace(target)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        reason = str(error).replace(str(unfinished), str(target))
-        raise InputError(
-            f"the picture cannot be written to {str(target)!r} ({reason}); try a path that ends in .png"
-        ) from None
-    return target

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from ..checks import at_least
 from ..errors import InputError, reason_of
 from .decoding import array_to_rgb, decode_jpeg, decode_with_pillow, no_size_warning
 from .identifying import (
@@ -208,8 +209,7 @@ def read_image(
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise InputError(f"background must be three values in [0, 255], not {background!r}")
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
-    if limit < 1:
-        raise InputError(f"max_pixels must be at least 1, not {max_pixels!r}")
+    at_least("max_pixels", limit)
     if fast_decode is not None and (len(fast_decode) != 2 or min(fast_decode) < 1):
         raise InputError(f"fast_decode must be a (height, width) of at least 1, not {fast_decode!r}")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mmalign.checks import at_least
 from mmalign.errors import InputError
 
 from ._arrays import as_numpy, as_rows, unit_rows
@@ -188,9 +189,8 @@ def _positions_after_removal(ids: Ids, gone: Ids) -> tuple[Ids, Bool[np.ndarray,
 
 
 def _split(rows: np.ndarray, chunk_size: int | None, width: int) -> Iterator[np.ndarray]:
-    step = max(1, BLOCK_ELEMENTS // max(1, width)) if chunk_size is None else chunk_size
-    if step < 1:
-        raise InputError(f"chunk_size={chunk_size} must be at least 1")
+    at_least("chunk_size", chunk_size)
+    step = chunk_size or max(1, BLOCK_ELEMENTS // max(1, width))
     return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
