@@ -74,6 +74,28 @@ def captions() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def photo_pairs(photos: Path, captions: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of eight pairs of photographs of at most 160 px with `metadata.jsonl`; copy it before changing it.
+
+    Wide, tall and square ones; in pairs 1, 3, 5, 7 image 1 wins, and its shape is another than image 0's.
+    """
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photo-pairs")
+    sizes = [(160, 120), (96, 144), (128, 128), (160, 80)]
+    lines = []
+    for pair in range(8):
+        names = [f"{pair}-0.png", f"{pair}-1.png"]
+        for side, name in enumerate(names):
+            with Image.open(photos / captions[pair + 8 * side]["file"]) as image:
+                image.convert("RGB").resize(sizes[(pair + side) % 4], Image.Resampling.BICUBIC).save(folder / name)
+        caption = captions[pair]["captions"][0]
+        lines.append({"jpg_0": names[0], "jpg_1": names[1], "label_0": 1 - pair % 2, "caption": caption})
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bundled() -> Encoder:
     """The bundled encoder; treat it as read-only."""
     from mmalign import load_encoder
