@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from . import metrics
     from .conse import class_bridge
-    from .encoders import Encoder, JoinedEncoder, load_encoder, register_source
-    from .errors import MMAlignError
+    from .encoders import DEFAULT_SPEC, Encoder, JoinedEncoder, load_encoder, register_source
+    from .errors import InputError, MMAlignError
     from .imaging import ImagePreprocessing, read_image
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, __dir__, _names = lazy_loader.attach(
     __name__,
+    submodules=["metrics"],
     submod_attrs={
         "conse": ["class_bridge"],
-        "encoders": ["Encoder", "JoinedEncoder", "load_encoder", "register_source"],
-        "errors": ["MMAlignError"],
+        "encoders": ["DEFAULT_SPEC", "Encoder", "JoinedEncoder", "load_encoder", "register_source"],
+        "errors": ["InputError", "MMAlignError"],
         "imaging": ["ImagePreprocessing", "read_image"],
     },
 )
@@ -30,3 +32,5 @@ try:
     __version__ = version("mmalign")
 except PackageNotFoundError:
     __version__ = "0+unknown"
+
+__all__ = [*_names, "__version__"]

@@ -73,7 +73,8 @@ def load_encoder(
             sentence encoder, texts only), `bundled` (offline, see `mmalign.encoders.bundled`), a prefix made known with
             `register_source`, or the path of a folder written by `Encoder.save`.
         device: see `Encoder.to`; the fastest present by default.
-        dtype: weights of the image tower: float32, bfloat16, float16 or auto.
+        dtype: weights of the image tower: bfloat16, float16, auto (the faster on this machine), or float32, whose
+            vectors are the same on every machine.
 
     Raises:
         InputError: the spec cannot be understood or names nothing known.

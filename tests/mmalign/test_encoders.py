@@ -32,7 +32,7 @@ from mmalign.encoders.timm import TimmEncoder
 from mmalign.encoders.timm import preprocessing_of as timm_preprocessing
 from mmalign.encoders.transformers import preprocessing_of as transformers_preprocessing
 from mmalign.errors import DamagedError, EncoderUnavailableError, InputError, MMAlignError, UnreadableImageError
-from mmalign.imaging import ImagePreprocessing, read_image
+from mmalign.imaging import DecodeSettings, ImagePreprocessing, read_image
 
 PHOTOS = sorted((Path(__file__).parents[1] / "data" / "photos").glob("*.jpg"))[:10]
 TEXTS = [
@@ -1049,3 +1049,51 @@ def test_progress_counts_every_item(tiny_open_clip: Encoder, monkeypatch: pytest
         advances = [n for title, of, n in counted if word in title and of == total]
         assert sum(advances) == total
         assert len(advances) > 1
+
+
+# --- The registry
+
+
+@pytest.mark.parametrize("prefix", ["open_clip", "timm", "bundled", "", "a:b"])
+def test_prefixes_that_are_taken_or_no_names(prefix: str) -> None:
+    from mmalign.encoders import register_source, registry
+
+    before = dict(registry.SOURCES)
+    with pytest.raises(InputError, match="give another"):
+        register_source(prefix, lambda rest: MeanColour())
+    assert before == registry.SOURCES
+
+
+def test_a_saved_folder_of_a_class_that_is_not_defined(tiny_timm: Encoder, tmp_path: Path) -> None:
+    folder = tiny_timm.save(tmp_path / "saved")
+    about = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps({**about, "source": "of_another_project"}))
+    with pytest.raises(InputError, match="'of_another_project' needs the code that made it; import it first"):
+        load_encoder(folder)
+
+
+def test_a_saved_folder_is_named_absolutely(
+    tiny_timm: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indexes record the name, and are opened from other working directories."""
+    monkeypatch.chdir(tmp_path)
+    tiny_timm.save("saved")
+    spec = load_encoder("saved", device="cpu").spec
+    monkeypatch.chdir("/")
+    assert load_encoder(spec, device="cpu").fingerprint == tiny_timm.fingerprint
+
+
+def test_images_are_read_as_the_decode_settings_say(tiny_timm: Encoder, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jpg"
+    whole = PHOTOS[0].read_bytes()
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(UnreadableImageError):
+        tiny_timm.encode_images([cut])
+    assert tiny_timm.encode_images([cut], decode=DecodeSettings(tolerate_truncation=True)).shape == (1, tiny_timm.dim)
+    with pytest.raises(UnreadableImageError, match="limit of 100"):
+        tiny_timm.encode_images([PHOTOS[0]], decode=DecodeSettings(max_pixels=100))
+    large = tmp_path / "large.jpg"
+    Image.effect_noise((2000, 1500), 90).convert("RGB").save(large, quality=95)
+    fast, exact = (tiny_timm.load_image(large, DecodeSettings(fast_decode=fast)) for fast in (True, False))
+    assert fast[0].width < exact[0].width == 2000
+    assert fast[1].shape == exact[1].shape
