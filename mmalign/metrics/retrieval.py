@@ -200,8 +200,9 @@ def image_text_retrieval(
     ties: Ties = "index",
     chunk_size: int | None = None,
     bootstrap: int | Literal["auto"] = 0,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Both directions of cosine retrieval over a gallery without repeated images: {"i2t": ..., "t2i": ...}.
+    """Cosine retrieval over a gallery without repeated images: {"text_to_image": ..., "image_to_text": ...}.
 
     `owner[j]` is the row of the image that text j describes. An image query counts as a hit if any of its
     texts is in the top k. Values as from `evaluate`.
@@ -213,25 +214,23 @@ def image_text_retrieval(
     if owners.size and (owners.min() < 0 or owners.max() >= len(images)):
         raise InputError(f"owner names image rows {owners.min()} to {owners.max()}, there are {len(images)} images")
     rows = np.arange(len(images))
-    i2t = evaluate(
-        queries=images,
-        gallery=texts,
-        positives=positives_from_labels(rows, owners),
-        ks=ks,
-        ties=ties,
-        chunk_size=chunk_size,
-        bootstrap=bootstrap,
-    )
-    t2i = evaluate(
-        queries=texts,
-        gallery=images,
-        positives=positives_from_labels(owners, rows),
-        ks=ks,
-        ties=ties,
-        chunk_size=chunk_size,
-        bootstrap=bootstrap,
-    )
-    return {"i2t": i2t, "t2i": t2i}
+
+    def direction(queries: np.ndarray, gallery: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return evaluate(
+            queries=queries,
+            gallery=gallery,
+            positives=positives_from_labels(wanted, labels),
+            ks=ks,
+            ties=ties,
+            chunk_size=chunk_size,
+            bootstrap=bootstrap,
+            seed=seed,
+        )
+
+    return {
+        "text_to_image": direction(texts, images, owners, rows),
+        "image_to_text": direction(images, texts, rows, owners),
+    }
 
 
 def mean_recall(*directions: Mapping[str, float], ks: Sequence[int] | None = None) -> float:

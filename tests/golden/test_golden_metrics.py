@@ -220,9 +220,10 @@ def test_align_eval(golden: Any, dtype: str) -> None:
 
     ks = sorted({int(name.partition("@")[2]) for name in golden.meta["standard"]})
     standard = image_text_retrieval(image, text, owner, ks=ks)
+    named = {"I2T": "image_to_text", "T2I": "text_to_image"}
     for name, expected in golden.meta["standard"].items():
         direction, _, k = name.partition("-R@")
-        assert standard[direction.lower()][f"hit@{k}"] == approx(expected, golden, dtype, default), name
+        assert standard[named[direction]][f"hit@{k}"] == approx(expected, golden, dtype, default), name
 
     # The official protocol repeats an image once per caption, as query and in the gallery.
     repeated = {"I2T": (image[owner], text), "T2I": (text, image[owner])}

@@ -144,10 +144,10 @@ def test_bundled_finds_photographs(bundled_photo_embeddings: tuple[np.ndarray, n
     images, texts, owner = bundled_photo_embeddings
     assert (len(images), len(texts)) == (76, 380)
     found = image_text_retrieval(images, texts, owner)
-    assert found["t2i"]["hit@1"] >= 0.40
-    assert found["t2i"]["hit@10"] >= 0.90
-    assert found["i2t"]["hit@1"] >= 0.41
-    assert found["i2t"]["hit@10"] >= 0.82
+    assert found["text_to_image"]["hit@1"] >= 0.40
+    assert found["text_to_image"]["hit@10"] >= 0.90
+    assert found["image_to_text"]["hit@1"] >= 0.41
+    assert found["image_to_text"]["hit@10"] >= 0.82
 
 
 def test_bundled_class_vectors_are_those_of_the_names(bundled: Encoder) -> None:

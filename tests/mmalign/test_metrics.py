@@ -451,11 +451,12 @@ def test_image_text_retrieval_counts_any_caption_and_normalises() -> None:
     texts = np.array([[0, 1.0, 0.9], [10, 0, 0], [0, 0.1, 9], [0, 7.0, 0]])  # long vectors must not win
     owner = np.array([0, 0, 2, 2])
     result = image_text_retrieval(images, texts, owner, ks=[1, 2])
-    assert result["i2t"]["hit@1"] == 1  # text 1 for image 0, text 2 for image 2
-    assert result["i2t"]["recall@1"] == 0.5
-    assert (result["i2t"]["n_query"], result["i2t"]["n_skipped"], result["i2t"]["n_gallery"]) == (2, 1, 4)
-    assert result["t2i"]["hit@1"] == 0.5
-    assert result["t2i"]["n_gallery"] == 3
+    to_text, to_image = result["image_to_text"], result["text_to_image"]
+    assert to_text["hit@1"] == 1  # text 1 for image 0, text 2 for image 2
+    assert to_text["recall@1"] == 0.5
+    assert (to_text["n_query"], to_text["n_skipped"], to_text["n_gallery"]) == (2, 1, 4)
+    assert to_image["hit@1"] == 0.5
+    assert to_image["n_gallery"] == 3
     with pytest.raises(InputError, match="owner"):
         image_text_retrieval(images, texts, owner + 1)
 
