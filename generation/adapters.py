@@ -7,7 +7,7 @@ do nothing. Here every matrix of the file has to find its layer.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.errors import InputError, reason_of
+import numpy as np
 
-from .pipelines import pipeline_family, quiet_diffusers, unavailable
+from mmalign.checks import in_range
+from mmalign.encoders.hub import unavailable
+from mmalign.errors import InputError, ModelUnavailableError, reason_of
+from mmalign.files import sha256_of
+
+from .pipelines import denoiser_of, pipeline_family, quiet_diffusers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-__all__ = ["Adapter", "adapter_family", "adapters_applied", "find_adapter"]
+__all__ = ["Adapter", "adapter_family", "adapters_applied", "find_adapter", "find_adapters"]
 
 _DOWN = re.compile(r"(^|[._])lora(_A|_down|\.down|_linear_layer\.down)\.weight$|lora_embedding_A$")
 _UP = re.compile(r"(^|[._])lora(_B|_up|\.up|_linear_layer\.up)\.weight$|lora_embedding_B$")
@@ -39,11 +44,7 @@ class Adapter:
 
     def to_dict(self) -> dict[str, object]:
         """What identifies it, the content by its SHA-256."""
-        digest = hashlib.sha256()
-        with self.file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return {"adapter": self.name, "sha256": digest.hexdigest(), "weight": self.weight}
+        return {"adapter": self.name, "sha256": sha256_of(self.file), "weight": self.weight}
 
 
 @contextlib.contextmanager
@@ -85,7 +86,30 @@ def adapters_applied(pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -
             weight.requires_grad_(wanted)
 
 
-def find_adapter(adapter: str | Path, weight: float = 1.0) -> Adapter:
+def find_adapters(
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None, weight: float | Sequence[float] = 1.0
+) -> list[Adapter]:
+    """None, one or several of `find_adapter`, with one weight for all or one each.
+
+    Raises:
+        InputError: as `find_adapter`; or weights that are no finite numbers, or not as many as adapters.
+        ModelUnavailableError: as `find_adapter`.
+    """
+    names = [] if adapter is None else [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
+    if isinstance(weight, Sequence | np.ndarray) and not isinstance(weight, str):
+        weights = list(weight)
+    elif names or weight == 1:
+        weights = [weight] * len(names)
+    else:
+        raise InputError(f"adapter_weight is {weight!r}, but there is no adapter; give one, or leave the weight out")
+    if len(weights) != len(names):
+        raise InputError(f"{len(weights)} adapter weights for {len(names)} adapters; give one, or one each")
+    for one in weights:
+        in_range("adapter_weight", one)
+    return [find_adapter(name, float(one)) for name, one in zip(names, weights, strict=True)]
+
+
+def find_adapter(adapter: str | os.PathLike[str], weight: float = 1.0) -> Adapter:
     """The .safetensors file that is meant.
 
     Args:
@@ -100,12 +124,12 @@ def find_adapter(adapter: str | Path, weight: float = 1.0) -> Adapter:
     path = Path(adapter)
     if path.is_dir():
         names = sorted(entry.name for entry in path.glob("*.safetensors"))
-        return Adapter(str(adapter), path / _only_file(names, str(path)), weight)
+        return Adapter(os.fspath(adapter), path / _only_file(names, str(path)), weight)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(f"adapter {path} is no .safetensors file; pickles are not read, as they can run code")
-        return Adapter(str(adapter), path, weight)
-    name = str(adapter)
+        return Adapter(os.fspath(adapter), path, weight)
+    name = os.fspath(adapter)
     if path.is_absolute() or name.startswith(".") or "/" not in name or (path.suffix and name.count("/") == 1):
         raise InputError(
             f"adapter {name!r} does not exist; give a .safetensors file, a folder that has one, or a hub id"
@@ -141,7 +165,8 @@ def _load_in_full(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> N
             f"adapter {adapter.name} is a DoRA in kohya's format, whose magnitudes diffusers leaves out; "
             "give the file in diffusers format (pytorch_lora_weights.safetensors)"
         )
-    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    part, denoiser = denoiser_of(pipeline)
+    options = {"unet_config": denoiser.config} if part == "unet" else {}
     try:
         wanted = pipeline.lora_state_dict(str(adapter.file), **options)
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
@@ -228,4 +253,6 @@ def _fetch(name: str) -> Path:
     except InputError:
         raise
     except Exception as error:
-        raise unavailable(f"adapter {name!r}", error, "give a .safetensors file") from None
+        raise unavailable(
+            name, error, what="adapter", remedy="give a .safetensors file", error_class=ModelUnavailableError
+        ) from None

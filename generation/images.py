@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
+from mmalign.files import whole_file
 
 __all__ = ["GeneratedImage", "read_settings", "refuse_folder", "saved_or_free"]
 
@@ -29,8 +29,9 @@ class GeneratedImage:
         image: RGB.
         prompt: what was asked for.
         seed: of its noise.
-        settings: model, adapters, negative_prompt, steps, guidance_scale, width, height, scheduler, dtype and the
-            versions of mmalign, diffusers and torch; only values that JSON has.
+        settings: model, unet (if another), fingerprints of their weights and of the scheduler's settings, adapters,
+            negative_prompt, steps, guidance_scale, width, height, scheduler, dtype and versions of the libraries; only
+            values that JSON has. `generation.generate_again` draws by them.
         path: where it was saved, if it was.
     """
 
@@ -40,7 +41,7 @@ class GeneratedImage:
     settings: dict[str, Any]
     path: Path | None = None
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a PNG that carries prompt, seed and settings (see `read_settings`); whole or not at all.
 
         Raises:
@@ -51,18 +52,17 @@ class GeneratedImage:
             raise InputError(f"{target} should end in .png, which can carry the settings")
         text = PngImagePlugin.PngInfo()
         text.add_itxt(_KEY, json.dumps({"prompt": self.prompt, "seed": self.seed, **self.settings}, ensure_ascii=False))
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
-                whole = Path(folder) / target.name  # made with the usual permissions, unlike a temporary file
-                self.image.save(whole, pnginfo=text)
-                whole.replace(target)
-        except OSError as error:
-            raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
+        with whole_file(target) as path:
+            self.image.save(path, pnginfo=text)
         return target
 
+    def to_dict(self) -> dict[str, Any]:
+        """Path, prompt, seed and settings, for JSON."""
+        path = None if self.path is None else os.fspath(self.path)
+        return {"path": path, "prompt": self.prompt, "seed": self.seed, "settings": self.settings}
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Prompt, seed and settings of an image that `GeneratedImage.save` wrote.
 
     Raises:
@@ -74,9 +74,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get(_KEY)
         return json.loads(text) if text is not None else _refuse(path)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        raise InputError(f"{path} does not exist; give an image that mmalign saved") from None
     except (OSError, SyntaxError, UnidentifiedImageError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as an image with settings ({error})") from None
+        raise InputError(
+            f"{path} cannot be read as an image with settings ({reason_of(error)}); give one that mmalign saved"
+        ) from None
 
 
 def saved_or_free(folder: Path, number: int, prompt: str, seed: int, settings: Mapping[str, Any]) -> tuple[Path, bool]:
@@ -115,5 +117,5 @@ def refuse_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written to (no permission in {place}); choose another place")
 
 
-def _refuse(path: str | Path) -> dict[str, Any]:
+def _refuse(path: str | os.PathLike[str]) -> dict[str, Any]:
     raise InputError(f"{path} carries no settings; only images saved by mmalign do")

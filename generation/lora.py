@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mmalign.checks import at_least
 from mmalign.errors import InputError
 
 __all__ = [
@@ -32,7 +33,6 @@ ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # distributed, compiled, sharded
 _layers_of: WeakKeyDictionary[nn.Module, tuple[Any, list[Any]]] = WeakKeyDictionary()
-_INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}
 
 
 def add_lora(
@@ -44,8 +44,7 @@ def add_lora(
     dropout: float = 0.0,
     dora: bool = False,
     rslora: bool = False,
-    init: str = "gaussian",
-    seed: int,
+    seed: int = 0,
 ) -> list[nn.Parameter]:
     """Freeze a denoiser and put a trainable low-rank update `scale * B A` beside each of the chosen layers.
 
@@ -64,8 +63,7 @@ def add_lora(
             Takes more time and memory, and exports to the diffusers format only.
         rslora: scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732); raise `rank` without lowering the
             learning rate.
-        init: of `A`; "gaussian" with standard deviation 1 / rank, or "kaiming" uniform as in the LoRA paper's code.
-        seed: of `A`.
+        seed: of `A`, which is drawn from a normal distribution with standard deviation 1 / rank.
 
     Returns:
         The trainable parameters, in the order of the model's layers.
@@ -74,7 +72,7 @@ def add_lora(
         InputError: an argument out of range, a target that fits no layer, or a model that has an adapter.
     """
     alpha = float(rank) if alpha is None else float(alpha)
-    _check(model, rank, alpha, targets, dropout, init)
+    _check(model, rank, alpha, targets, dropout)
     try:
         from peft import LoraConfig
     except ImportError:
@@ -87,12 +85,12 @@ def add_lora(
         lora_dropout=dropout,
         use_dora=dora,
         use_rslora=rslora,
-        init_lora_weights=_INITS[init],
+        init_lora_weights="gaussian",
     )
     model.requires_grad_(False)
     with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
         model.add_adapter(config, ADAPTER)  # type: ignore[operator]
-    _initialise(model, rank, init, seed)
+    _initialise(model, rank, seed)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -184,15 +182,12 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _check(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float, init: str) -> None:
-    if rank < 1:
-        raise InputError(f"rank must be at least 1, not {rank}")
+def _check(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> None:
+    at_least("rank", rank)
     if not alpha > 0:
-        raise InputError(f"alpha must be above 0, not {alpha:g}; the default is the rank")
+        raise InputError(f"alpha is {alpha:g}; give a number above 0, such as the rank, which is the default")
     if not 0 <= dropout < 1:
-        raise InputError(f"dropout must be in [0, 1), not {dropout:g}")
-    if init not in _INITS:
-        raise InputError(f"init {init!r} is not known; use one of {', '.join(_INITS)}")
+        raise InputError(f"dropout is {dropout:g}; give a number in [0, 1)")
     if getattr(model, "peft_config", None):
         names = ", ".join(repr(name) for name in model.peft_config)  # type: ignore[union-attr]
         raise InputError(
@@ -213,16 +208,12 @@ def _short_name(name: str) -> str:
     return found.group() if found else name
 
 
-def _initialise(model: nn.Module, rank: int, init: str, seed: int) -> None:
+def _initialise(model: nn.Module, rank: int, seed: int) -> None:
     """Make peft's fresh weights float32 and draw `A` anew: peft rounds it to the model's precision."""
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted_layers(model):
         down, up = layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
-        start = torch.empty(down.weight.shape)
-        if init == "gaussian":
-            start.normal_(std=1 / rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+        start = torch.empty(down.weight.shape).normal_(std=1 / rank, generator=generator)
         with torch.no_grad():
             down.weight.copy_(start)
             up.weight.zero_()

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mmalign.device import resolve_device, resolve_dtype
-from mmalign.errors import InputError, ModelUnavailableError, reason_of
+from mmalign.encoders.hub import causes_of, quiet_libraries, unavailable
+from mmalign.errors import InputError, MMAlignError, ModelUnavailableError, reason_of
 
 from .tiny import TINY_FAMILIES, tiny_pipeline
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-__all__ = ["DEFAULT_MODEL", "FAMILIES", "load_pipeline", "pipeline_family", "quiet_diffusers", "unavailable"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "FAMILIES",
+    "denoiser_of",
+    "guess_family",
+    "load_pipeline",
+    "pipeline_family",
+    "pipeline_fingerprints",
+    "quiet_diffusers",
+    "weights_fingerprint",
+]
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -41,17 +56,25 @@ _LAYOUTS = {
     "flux-dev": "flux",
     "flux-schnell": "flux",
 }
+# Parts of names that models of a family go by; the first that is found counts.
+_NAMES = {
+    "sdxl": r"sd-?xl|-xl\b|playground-v2",
+    "sd3": r"stable-diffusion-3|sd-?3",
+    "flux": r"flux",
+    "sd15": r"stable-diffusion-v?[12]|sd-?(v?[12]|turbo)|v1-5|v2-1",
+}
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _SINGLE_FILES = {".safetensors", *_PICKLES}
 
 
 def load_pipeline(
-    model: str | Path | DiffusionPipeline = DEFAULT_MODEL,
+    model: str | os.PathLike[str] | DiffusionPipeline = DEFAULT_MODEL,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
-    vae: str | Path | None = None,
-    unet: str | Path | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    unet: str | os.PathLike[str] | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline of a supported family (see `pipeline_family`), ready to use on `device`.
@@ -75,7 +98,7 @@ def load_pipeline(
             with a device, dtype, VAE or variant.
         ModelUnavailableError: it is not on this machine and cannot be fetched.
     """
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, os.PathLike)):
         pipeline_family(model)
         if device is not None or dtype != "auto" or any((vae, unet, variant)):
             raise InputError(
@@ -108,12 +131,71 @@ def pipeline_family(pipeline: DiffusionPipeline) -> str:
     raise InputError(f"{name} is not supported; give a text-to-image pipeline: one of {', '.join(FAMILIES.values())}")
 
 
+def guess_family(model: str | os.PathLike[str]) -> str:
+    """The family that a model is likely of, from its layout or else its name, without loading it; sdxl if in doubt."""
+    name, path = os.fspath(model), Path(model)
+    if name.startswith("tiny:") and name.removeprefix("tiny:") in FAMILIES:
+        return name.removeprefix("tiny:")
+    with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):
+        kind = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        return next(family for family, known in FAMILIES.items() if known == kind)
+    if path.suffix == ".safetensors" and path.is_file():
+        with contextlib.suppress(InputError):
+            return _LAYOUTS[_single_file_layout(path)]
+    return next((family for family, names in _NAMES.items() if re.search(names, path.name.lower())), "sdxl")
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """The network that a pipeline draws with, and the name of this component: "unet" or "transformer".
+
+    Raises:
+        InputError: it has neither.
+    """
+    for name in ("unet", "transformer"):
+        if (network := getattr(pipeline, name, None)) is not None:
+            return name, network
+    raise InputError(f"{type(pipeline).__name__} has neither a unet nor a transformer; give a whole pipeline")
+
+
+def pipeline_fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """What a pipeline draws with, by content: `weights_fingerprint` of each network, and the scheduler's settings."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    settings = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    fingerprints = {name: weights_fingerprint(part) for name, part in networks.items()}
+    return fingerprints | {"scheduler": _short(json.dumps(settings, sort_keys=True, default=str))}
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """A short name for a module's parameters as they are, in their order and precision; equal on every device.
+
+    It is made of exact sums over their bits, as moving 5 GB off the device to hash them would take longer than
+    drawing an image.
+    """
+    return _short("".join(f"{tuple(p.shape)} {p.dtype} {_bit_sums(p)}" for p in module.parameters()))
+
+
+def _bit_sums(tensor: torch.Tensor) -> list[int]:
+    """Sums, modulo 2^64, of a tensor's values read as whole numbers, of their squares, and of values by places."""
+    if tensor.device.type == "meta":
+        return []
+    bits = tensor.detach().contiguous().view(-1).view(_WHOLE[tensor.element_size()])
+    size = 1 << 16 if bits.device.type == "cpu" else 1 << 25  # what fits a cache; what does not fill a GPU
+    sums = torch.zeros(3, dtype=torch.int64, device=bits.device)
+    for number, part in enumerate(bits.split(size)):
+        values = part.long()
+        places = torch.arange(len(values), device=bits.device) + number * size
+        sums += torch.stack([values.sum(), (values * values).sum(), (values * places).sum()])
+    return sums.tolist()
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Keep diffusers and transformers from printing bars, warnings and failures that an exception says better."""
     from diffusers.utils import logging
-
-    from mmalign.encoders.hub import quiet_libraries
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -126,26 +208,10 @@ def quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def unavailable(what: str, error: BaseException, ways_out: str) -> InputError | ModelUnavailableError:
-    """The error for something on the hub that could not be had, in one line."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return ModelUnavailableError(
-            f"{what} is behind terms of use; accept them on its page at huggingface.co and run `hf auth login`"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(f"{what} does not exist on the hub, or is private; check the name, or run `hf auth login`")
-    why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else reason_of(error)
-    return ModelUnavailableError(
-        f"{what} is not on this machine and could not be fetched ({why}); connect once and run again, "
-        f"copy a filled HF_HOME here, or {ways_out}"
-    )
-
-
-def _load(model: str | Path, dtype: torch.dtype, variant: str | None, parts: dict[str, Any]) -> DiffusionPipeline:
-    name, path = str(model), Path(model)
+def _load(
+    model: str | os.PathLike[str], dtype: torch.dtype, variant: str | None, parts: dict[str, Any]
+) -> DiffusionPipeline:
+    name, path = os.fspath(model), Path(model)
     if isinstance(model, str) and name.startswith("tiny:"):
         pipeline = tiny_pipeline(name.removeprefix("tiny:"))
         _check_unet(model, pipeline, parts)
@@ -202,7 +268,7 @@ def _load_hub(name: str, dtype: torch.dtype, variant: str | None, parts: dict[st
         if variant is not None and f"variant={variant}" in str(error):
             raise InputError(_variant_hint(f"model {name!r}", error, variant)) from None
         ways_out = "give a pipeline's folder or file (`tiny:sdxl` works offline, to try things out)"
-        raise unavailable(f"model {name!r}", error, ways_out) from None
+        raise _unavailable(name, error, "model", ways_out) from None
     pipeline_family(pipeline)
     return pipeline
 
@@ -227,8 +293,8 @@ def _load_file(path: Path, dtype: torch.dtype, parts: dict[str, Any]) -> Diffusi
     except Exception as error:
         if _is_about_the_hub(error):
             repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout]["pretrained_model_name_or_path"]
-            what = f"the configuration of {path.name}, a few small files of {repository!r},"
-            raise unavailable(what, error, "give a pipeline's folder") from None
+            what = f"the configuration of {path.name}, a few small files of"
+            raise _unavailable(repository, error, what, "give a pipeline's folder") from None
         raise InputError(
             f"model {path} cannot be loaded ({reason_of(error)}); "
             "give a file that holds the whole pipeline, or a folder"
@@ -280,7 +346,7 @@ def _tensor_shapes(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is damaged ({reason_of(error)}); download or copy it again") from None
 
 
-def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
+def _load_vae(vae: str | os.PathLike[str], dtype: torch.dtype) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     path = Path(vae)
@@ -288,37 +354,37 @@ def _load_vae(vae: str | Path, dtype: torch.dtype) -> AutoencoderKL:
         if path.is_file():
             return AutoencoderKL.from_single_file(str(path), torch_dtype=dtype)
         subfolder = {"subfolder": "vae"} if (path / "vae").is_dir() else {}
-        return AutoencoderKL.from_pretrained(str(vae), torch_dtype=dtype, **subfolder)
+        return AutoencoderKL.from_pretrained(os.fspath(vae), torch_dtype=dtype, **subfolder)
     except Exception as error:
         if path.exists() and not _is_about_the_hub(error):
             raise InputError(f"VAE {path} cannot be loaded ({reason_of(error)}); give an AutoencoderKL") from None
-        raise unavailable(f"VAE {str(vae)!r}", error, "give a folder or file") from None
+        raise _unavailable(os.fspath(vae), error, "VAE", "give a folder or file") from None
 
 
-def _check_unet(model: str | Path, pipeline: DiffusionPipeline, parts: dict[str, Any]) -> None:
+def _check_unet(model: str | os.PathLike[str], pipeline: DiffusionPipeline, parts: dict[str, Any]) -> None:
     if "unet" in parts and pipeline_family(pipeline) not in ("sdxl", "sd15"):
-        raise InputError(f"model {str(model)!r} has no UNet; leave out unet")
+        raise InputError(f"model {os.fspath(model)!r} has no UNet; leave out unet")
 
 
-def _load_unet(unet: str | Path, dtype: torch.dtype) -> Any:
+def _load_unet(unet: str | os.PathLike[str], dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
     path = Path(unet)
     try:
         subfolder = {"subfolder": "unet"} if (path / "unet").is_dir() else {}
-        return UNet2DConditionModel.from_pretrained(str(unet), torch_dtype=dtype, **subfolder)
+        return UNet2DConditionModel.from_pretrained(os.fspath(unet), torch_dtype=dtype, **subfolder)
     except Exception as error:
         if path.exists() and not _is_about_the_hub(error):
             raise InputError(f"UNet {path} cannot be loaded ({reason_of(error)}); give a folder of one") from None
-        raise unavailable(f"UNet {str(unet)!r}", error, "give a folder") from None
+        raise _unavailable(os.fspath(unet), error, "UNet", "give a folder") from None
 
 
-def _is_about_the_hub(error: BaseException | None) -> bool:
+def _unavailable(name: str, error: BaseException, what: str, remedy: str) -> MMAlignError:
+    return unavailable(name, error, what=what, remedy=remedy, error_class=ModelUnavailableError)
+
+
+def _is_about_the_hub(error: BaseException) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     kinds = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    while error is not None:
-        if isinstance(error, kinds) or "huggingface.co" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(cause, kinds) or "huggingface.co" in str(cause) for cause in causes_of(error))

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mmalign.encoders import Encoder
-from mmalign.errors import IndexDamagedError, InputError
+from mmalign.errors import InputError
+from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 
-from . import faiss_index
-from .calibration import Calibration, query_bank
-from .items import SCHEMA, ItemColumns, Items, read_arrow, write_arrow
-from .storage import Manifest, Store, Writer
+from .items import NO_HASH, SCHEMA, ItemColumns, Items, read_arrow, write_arrow
+from .metadata import concat_metadata, number_rows
+from .roots import resolve_roots, store_roots
+from .skipped import read_skipped, write_skipped
+from .storage import Manifest, Writer
 from .vectors import Vectors, checked_rows, write_rows
 
-__all__ = ["Draft", "resolve_roots", "store_roots"]
+__all__ = ["Draft"]
 
-# Rows past the FAISS index are scanned exactly: 2,000 cost 0.2 ms a query. Beyond this share they are merged in.
-MERGE_SHARE = 0.05
 # Rows that no item refers to any more cost disk and candidates. Beyond this share they are dropped.
 DEAD_SHARE = 0.2
 MAX_SEGMENTS = 8
@@ -58,11 +55,19 @@ class Draft:
         self._published = self.first_settings, list(self.skipped)
 
     @classmethod
-    def start(cls, store: Store, writer: Writer, encoder: dict[str, Any], roots: list[Path], **options: Any) -> Draft:
-        """The draft of a new index."""
+    def start(
+        cls,
+        writer: Writer,
+        encoder: dict[str, Any],
+        roots: Sequence[Path],
+        *,
+        decode: DecodeSettings = DEFAULT_DECODING,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> Draft:
+        """The draft of a new index; `encoder` is its entry in the manifest (see `retrieval.recorded_encoder`)."""
         manifest: Manifest = {
             "encoder": encoder,
-            "roots": store_roots(roots, store.folder),
+            "roots": store_roots(roots, writer.folder),
             "segments": [],
             "items": None,
             "metadata": None,
@@ -71,12 +76,32 @@ class Draft:
             "faiss": None,
             "calibration": None,
             "next_id": 0,
-            "settings": {},
+            "settings": {"decode": asdict(decode), "scan": {}, "metadata": {}},
             "measured": {},
         }
-        draft = cls(writer, manifest, **options)
+        draft = cls(writer, manifest, checkpoint_seconds=checkpoint_seconds)
         draft.touch()  # even an index of nothing is to be written: one of many shards may find no files
         return draft
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What holds until it is said otherwise; part of the manifest, and JSON-safe."""
+        settings: dict[str, Any] = self.manifest["settings"]
+        return settings
+
+    @property
+    def decode(self) -> DecodeSettings:
+        """How files become pixels in this index."""
+        return DecodeSettings(**self.settings["decode"])
+
+    def roots(self) -> list[Path]:
+        """The indexed folders, where they are now."""
+        return resolve_roots(self.manifest["roots"], self.folder)
+
+    def add_root(self, root: Path) -> None:
+        """Take in a further folder."""
+        self.manifest["roots"] = [*self.manifest["roots"], *store_roots([root], self.folder)]
+        self._changed = True
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -97,6 +122,37 @@ class Draft:
             self.rows += rows
             self._changed = True
 
+    def append_vectors(
+        self,
+        vectors: np.ndarray,
+        *,
+        names: Sequence[str] | None = None,
+        root: int = -1,
+        metadata: pa.Table | None = None,
+    ) -> list[int]:
+        """Enter rows made elsewhere, each an item of its own; returns their ids.
+
+        Raises:
+            InputError: shapes or lengths that do not fit, rows that are zero or not finite.
+        """
+        for what, given in (("paths", names), ("metadata", metadata)):
+            if given is not None and len(given) != len(vectors):
+                raise InputError(f"{len(given)} {what} for {len(vectors)} vectors; give one a vector")
+        first = self.rows
+        starts = range(0, len(vectors), 65_536)
+        pieces = (checked_rows(vectors[start : start + 65_536], self.dim, first=start) for start in starts)
+        self.stream_rows(pieces, len(vectors))
+        unread = {"size": 0, "mtime_ns": 0, "sha256": NO_HASH, "width": 0, "height": 0, "format": "", "flags": ""}
+        ids = []
+        for number in range(len(vectors)):
+            name = os.fsencode(names[number] if names is not None else f"vector-{first + number}")
+            ids.append(self.add_item(row=first + number, root=root, raw_name=name, **unread))
+        if metadata is not None:
+            table = number_rows(metadata, ids)
+            stored = self.metadata()
+            self.set_metadata(concat_metadata([stored, table]) if stored is not None else table)
+        return ids
+
     def add_item(self, **values: Any) -> int:
         """Append a line to the item table; returns its id."""
         number = int(self.manifest["next_id"])
@@ -114,7 +170,7 @@ class Draft:
         if table is None:
             self.manifest["metadata"] = None
         else:
-            self.manifest["metadata"] = self.writer.add("metadata", ".arrow", lambda file: write_arrow(table, file))
+            self.manifest["metadata"] = self.writer.add("metadata", lambda file: write_arrow(table, file))
         self._changed = True
 
     def metadata(self) -> pa.Table | None:
@@ -145,128 +201,15 @@ class Draft:
     def checkpoint(self) -> None:
         """Publish: from here on readers see it, and nothing of it can be lost."""
         self.skipped.sort(key=lambda entry: (entry["root"], entry["path"]))
-        if self._changed or (self.manifest["settings"], self.skipped) != self._published:
+        if self._changed or (self.settings, self.skipped) != self._published:
             self._flush()
             table = self.items.to_table()
-            self.manifest["items"] = self.writer.add("items", ".arrow", lambda file: write_arrow(table, file))
+            self.manifest["items"] = self.writer.add("items", lambda file: write_arrow(table, file))
             self.manifest["skipped"] = self._write_skipped()
             self._publish()
         self._last_checkpoint = time.monotonic()
 
-    def finish(
-        self,
-        encoder: Encoder | None,
-        *,
-        factory: str | None = None,
-        wanted_recall: float | None = None,
-        text_queries: np.ndarray | None = None,
-        memory_bytes: int | None = None,
-        force: bool = False,
-        progress: bool = False,
-    ) -> None:
-        """Drop dead rows, join segments, bring FAISS and calibration up to date, publish.
-
-        What is given of `factory`, `wanted_recall`, `text_queries` and `memory_bytes` holds from now on.
-
-        Args:
-            encoder: embeds the reference queries the first time; `None` where there is none.
-            factory: a FAISS factory string, instead of the choice by size; "auto" goes back to that.
-            wanted_recall: recall@10 to tune for; 0.95 unless ever given.
-            text_queries: the user's own unit rows to tune with, instead of the built-in phrases.
-            memory_bytes: what the FAISS index may take.
-            force: rebuild FAISS even if nothing asks for it.
-            progress: show a bar.
-        """
-        settings = self.manifest["settings"]
-        given = {"factory": factory, "wanted_recall": wanted_recall, "memory_bytes": memory_bytes}
-        changed = {name: value for name, value in given.items() if value is not None and settings.get(name) != value}
-        settings.update(changed)
-        if factory == "auto":
-            del settings["factory"]
-        force = force or text_queries is not None or "wanted_recall" in changed
-        self._compact()
-        vectors = self.vectors()
-        speaks = encoder is not None and "text" in encoder.modalities
-        if len(vectors) and self._faiss_is_stale(force or (speaks and self.manifest["queries"] is None)):
-            if text_queries is not None:
-                self.write_queries(checked_rows(text_queries, self.dim))
-            elif self.manifest["queries"] is None and encoder is not None and "text" in encoder.modalities:
-                self.write_queries(encoder.encode_texts(query_bank(self.rows)))
-            self._build_faiss(vectors, force, progress)
-            alive = np.zeros(len(vectors), bool)
-            alive[self.items.row] = True
-            calibration = Calibration.measure(vectors, alive, self._queries())
-            self.manifest["calibration"] = calibration.to_dict() if calibration else None
-        if not len(vectors):
-            self.manifest["faiss"] = self.manifest["calibration"] = None
-        self.checkpoint()
-
-    def _faiss_is_stale(self, force: bool) -> bool:
-        current = self.manifest["faiss"]
-        if force or current is None:
-            self._changed = True
-            return True
-        plan = self._plan()
-        grown = self.rows - current["rows"] > MERGE_SHARE * self.rows
-        return grown or not self._same_type(plan)
-
-    def _plan(self) -> faiss_index.Plan:
-        settings = self.manifest["settings"]
-        factory, memory_bytes = settings.get("factory"), settings.get("memory_bytes")
-        with self._old_factory_forgiven():
-            return faiss_index.choose_plan(self.rows, self.dim, factory=factory, memory_bytes=memory_bytes)
-        return faiss_index.choose_plan(self.rows, self.dim, memory_bytes=memory_bytes)
-
-    def _old_factory_forgiven(self) -> contextlib.AbstractContextManager[None]:
-        """A factory string chosen in an earlier run, perhaps for more rows than there are now, must not stop this."""
-        factory = self.manifest["settings"].get("factory")
-        forgiven = factory is not None and factory == self.first_settings.get("factory")
-        return contextlib.suppress(*([InputError] if forgiven else []))
-
-    def _same_type(self, plan: faiss_index.Plan) -> bool:
-        """Whether the current FAISS file is what the plan asks for; a chosen number of lists may lag behind growth."""
-        current = self.manifest["faiss"]
-        if plan.factory == self.manifest["settings"].get("factory"):
-            return bool(plan.factory == current["factory"])
-        return bool(plan.factory.split(",")[-1] == current["factory"].split(",")[-1])
-
-    def _build_faiss(self, vectors: Vectors, force: bool, progress: bool) -> None:
-        rows = len(vectors)
-        plan = self._plan()
-        settings = self.manifest["settings"]
-        current = self.manifest["faiss"]
-        trained_on = rows
-        if current and not force and self._same_type(plan) and rows <= 2 * current["trained_on"]:
-            trained_on = current["trained_on"]
-            plan = replace(plan, factory=current["factory"], parameters=current["parameters"])
-            self.writer.require_intact(self.manifest, [current["file"]])
-            index = faiss_index.grow(self.folder / current["file"], vectors, current["rows"], rows)
-        else:
-            index = None
-            with self._old_factory_forgiven():
-                index = faiss_index.build(vectors, rows, plan, progress=progress)
-            if index is None:
-                plan = faiss_index.choose_plan(rows, self.dim, memory_bytes=settings.get("memory_bytes"))
-                index = faiss_index.build(vectors, rows, plan, progress=progress)
-        queries = self._queries()
-        kind = "text" if queries is not None else "image"
-        if queries is None:
-            queries = noisy_rows(vectors)
-        tuning = faiss_index.tune(
-            index, vectors, rows, queries, plan, kind=kind, wanted=settings.get("wanted_recall", 0.95)
-        )
-        self.manifest["faiss"] = {
-            "file": self.writer.add("faiss", ".index", lambda file: faiss_index.write(index, file)),
-            "factory": plan.factory,
-            "rows": rows,
-            "trained_on": trained_on,
-            "parameters": tuning.parameters,
-            "candidates": tuning.candidates,
-        }
-        self.manifest["measured"] = tuning.to_dict()
-        self._changed = True
-
-    def _compact(self) -> None:
+    def compact(self) -> None:
         """Rewrite the vectors without dead rows, or into one segment, where that pays."""
         self._flush()
         alive = np.zeros(self.rows, bool)
@@ -301,93 +244,20 @@ class Draft:
             self.pending = []
 
     def _add_segment(self, pieces: Iterable[np.ndarray], rows: int) -> None:
-        name = self.writer.add("vectors", ".npy", lambda file: write_rows(file, pieces, rows, self.dim))
+        name = self.writer.add("vectors", lambda file: write_rows(file, pieces, rows, self.dim))
         self.segments.append({"file": name, "rows": rows})
 
     def _write_skipped(self) -> str | None:
-        if not self.skipped:
-            return None
-
-        def fill(file: IO[bytes]) -> None:
-            for line in self.skipped:
-                file.write(json.dumps(line).encode("ascii") + b"\n")
-
-        return self.writer.add("skipped", ".jsonl", fill)
-
-    def write_queries(self, queries: np.ndarray) -> None:
-        """Keep unit rows of reference text queries, for tuning and calibration."""
-        self.manifest["queries"] = self.writer.add(
-            "vectors", ".npy", lambda file: write_rows(file, [queries], len(queries), self.dim)
-        )
-
-    def _queries(self) -> np.ndarray | None:
-        name = self.manifest["queries"]
-        return np.load(self.folder / name, allow_pickle=False) if name else None
+        return self.writer.add("skipped", lambda file: write_skipped(self.skipped, file)) if self.skipped else None
 
     def _publish(self) -> None:
         manifest = self.manifest
         manifest["segments"] = self.segments
         manifest["rows"] = self.rows
         manifest["item_count"] = len(self.items)
-        single = [manifest[name] for name in ("items", "metadata", "skipped", "queries")]
-        names = [segment["file"] for segment in self.segments] + [name for name in single if name]
-        names += [manifest["faiss"]["file"]] if manifest["faiss"] else []
+        names = [segment["file"] for segment in self.segments]
+        names += [manifest[part] for part in ("items", "metadata", "skipped") if manifest[part]]
+        names += [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
         self.manifest = self.writer.publish(manifest, names)
         self._changed = False
-        self._published = copy.deepcopy(manifest["settings"]), list(self.skipped)
-
-
-def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Queries like stored images but not equal to any: stored rows plus Gaussian noise of half their norm."""
-    random = np.random.default_rng(seed)
-    rows = vectors.gather(np.sort(random.choice(len(vectors), min(count, len(vectors)), replace=False)))
-    rows = rows + noise * random.standard_normal(rows.shape, np.float32) / np.sqrt(np.float32(vectors.dim))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """The report of files that could not be read."""
-    name = manifest.get("skipped")
-    if not name:
-        return []
-    try:
-        return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
-    except FileNotFoundError:
-        raise IndexDamagedError(
-            f"{str(folder / name)!r} is gone; `refresh()` if the index has been written since it was opened, else "
-            "`mmalign verify INDEX --repair`"
-        ) from None
-    except ValueError:
-        raise IndexDamagedError(
-            f"{str(folder / name)!r} is damaged; `mmalign verify INDEX --repair` drops it"
-        ) from None
-
-
-def store_roots(roots: list[Path], folder: Path) -> list[dict[str, str]]:
-    """Roots as they go into the manifest: absolute, and relative to the index so that both can move together."""
-    stored = []
-    for root in roots:
-        try:
-            relative = os.path.relpath(root.resolve(), folder.resolve())
-        except ValueError:  # another drive on Windows
-            relative = ""
-        inside = root.resolve() in folder.resolve().parents
-        below = os.path.relpath(folder.resolve(), root.resolve()) if inside else ""
-        stored.append({"absolute": os.fspath(root.resolve()), "relative": relative, "index_below": below})
-    return stored
-
-
-def resolve_roots(stored: list[dict[str, str]], folder: Path) -> list[Path]:
-    """Where the indexed folders are now.
-
-    The recorded place if it still exists, else beside the moved index; but an index inside an indexed folder belongs
-    to the folder it is in, or a copy of both would answer with the original's files.
-    """
-    found = []
-    for root in stored:
-        absolute = Path(root["absolute"])
-        beside = Path(os.path.normpath(folder.resolve() / root["relative"])) if root["relative"] else absolute
-        below = root.get("index_below", "")
-        inside = bool(below) and beside / below == folder.resolve()
-        found.append(beside if beside.exists() and (inside or not absolute.exists()) else absolute)
-    return found
+        self._published = copy.deepcopy(self.settings), list(self.skipped)

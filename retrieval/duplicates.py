@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mmalign.errors import InputError
+from mmalign.checks import at_least, in_range
+from mmalign.progress import progress_bar
 
 from .items import Item
-
-if TYPE_CHECKING:
-    from .index import ImageIndex
+from .snapshot import Snapshot
 
 __all__ = ["find_duplicates"]
 
 
-def find_duplicates(index: ImageIndex, threshold: float | None = None, *, neighbours: int = 20) -> list[list[Item]]:
+def find_duplicates(
+    snapshot: Snapshot, near: float | None = None, *, neighbours: int = 20, progress: bool = False
+) -> list[list[Item]]:
     """Groups of two or more images that are the same, largest first.
 
-    Near-duplicates are the connected components of "cosine of at least `threshold`", so the ends of a chain may be less
+    Near-duplicates are the connected components of "cosine of at least `near`", so the ends of a chain may be less
     alike than that.
 
     Args:
-        index: where to look.
-        threshold: cosine from which two different files count as near-duplicates; `None` gives files of equal content
-            only, which is certain.
+        snapshot: where to look.
+        near: cosine from which two different files count as near-duplicates, in [-1, 1], such as 0.98; `None` gives
+            files of equal content only, which is certain.
         neighbours: how many nearest images of each are looked at.
+        progress: show a bar.
 
     Raises:
-        InputError: the threshold is no cosine.
+        InputError: `near` is no cosine, or `neighbours` is below 1.
     """
-    total = len(index.vectors)
-    owner = np.arange(total)
-    if threshold is not None:
-        if not -1 <= threshold <= 1:
-            raise InputError(f"threshold {threshold} is no cosine; give a number between -1 and 1, such as 0.98")
-        rows = np.flatnonzero(index.snapshot.alive)
-        starts, ends = [], []
-        for part in np.array_split(rows, max(1, len(rows) // 1024)):
-            scores, found = index.search_vectors(index.vectors.gather(part), min(neighbours + 1, max(1, len(rows))))
-            close = (scores >= threshold) & (found >= 0)
-            starts.append(np.repeat(part, close.sum(axis=1)))
-            ends.append(found[close])
-        start, end = np.concatenate(starts), np.concatenate(ends)
-        graph = coo_array((np.ones(len(start), bool), (start, end)), shape=(total, total))
-        _, owner = connected_components(graph, directed=False)
+    in_range("near", near, -1, 1)
+    at_least("neighbours", neighbours)
+    owner = np.arange(len(snapshot.vectors))
+    if near is not None and snapshot.alive_count:
+        owner = _components(snapshot, near, neighbours, progress)
     groups: dict[int, list[int]] = {}
-    for position, row in enumerate(index.items.numbers("row")):
+    for position, row in enumerate(snapshot.items.numbers("row")):
         groups.setdefault(int(owner[row]), []).append(position)
     shared = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
-    return [[index.items.item(position) for position in group] for group in shared]
+    return [[snapshot.items.item(position) for position in group] for group in shared]
+
+
+def _components(snapshot: Snapshot, near: float, neighbours: int, progress: bool) -> np.ndarray:
+    """Number of its group for every vector row."""
+    rows = np.flatnonzero(snapshot.alive)
+    starts, ends = [], []
+    with progress_bar("comparing", len(rows), enabled=progress) as advance:
+        for part in np.array_split(rows, max(1, len(rows) // 1024)):
+            scores, found = snapshot.search_vectors(snapshot.vectors.gather(part), min(neighbours + 1, len(rows)))
+            close = (scores >= near) & (found >= 0)
+            starts.append(np.repeat(part, close.sum(axis=1)))
+            ends.append(found[close])
+            advance(len(part))
+    start, end = np.concatenate(starts), np.concatenate(ends)
+    total = len(snapshot.vectors)
+    graph = coo_array((np.ones(len(start), bool), (start, end)), shape=(total, total))
+    groups: np.ndarray = connected_components(graph, directed=False)[1]
+    return groups

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from mmalign.errors import InputError
+from mmalign.checks import at_least
+from mmalign.errors import InputError, reason_of
 from mmalign.metrics import evaluate, mean_recall
 
 from .index import ImageIndex
@@ -29,7 +31,7 @@ def read_captions(path: str | os.PathLike[str]) -> list[tuple[str, list[str]]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
-        raise InputError(f"captions {str(path)!r} cannot be read: {error.strerror}") from None
+        raise InputError(f"captions {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
     pairs = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -52,22 +54,40 @@ def read_captions(path: str | os.PathLike[str]) -> list[tuple[str, list[str]]]:
 
 def evaluate_captions(
     index: ImageIndex,
-    pairs: list[tuple[str, list[str]]],
+    pairs: Sequence[tuple[str, Sequence[str]]],
     *,
     ks: tuple[int, ...] = (1, 5, 10),
+    bootstrap: int | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Text-to-image and image-to-text retrieval among the captioned images of an index (exact, unique gallery).
 
+    Args:
+        index: holds the images.
+        pairs: (file, captions), as from `read_captions`; a file by its path below the indexed folder or by its name.
+        ks: depths.
+        bootstrap: resamples for the 95 % intervals, 0 for none; "auto" as in `mmalign.metrics.evaluate`.
+        batch_size: captions a forward pass.
+        seed: of the resampling.
+        progress: show a bar.
+
     Returns:
         `text_to_image` and `image_to_text` (see `mmalign.metrics.evaluate`, with 95 % intervals), `mean_recall`,
         `chance` (hit@k of a random order), `through_index` (hit@k of text queries against the whole index as searched),
-        `images`, `captions`, `unmatched` (files that the index does not hold).
+        `images`, `captions`, `unmatched` (files that the index does not hold); and what was measured: `index` (its
+        folder), `encoder` (`spec` and `fingerprint`), `seed`.
 
     Raises:
-        InputError: none of the files is in the index.
+        InputError: none of the files is in the index, or a number is out of range.
     """
-    position_of = _positions(index.items)
+    for k in ks:
+        at_least("k", k)
+    at_least("bootstrap", None if bootstrap == "auto" else bootstrap, 0)
+    at_least("seed", seed, 0)
+    snapshot, encoder = index.snapshot, index.encoder
+    position_of = _positions(snapshot.items)
     owners: list[int] = []
     captions: list[str] = []
     rows: list[int] = []
@@ -78,7 +98,7 @@ def evaluate_captions(
         if position is None:
             unmatched.append(file)
             continue
-        row = index.items.value("row", position)
+        row = snapshot.items.value("row", position)
         if row not in place_of_row:  # a file may have several lines, and several files one content
             place_of_row[row] = len(rows)
             rows.append(row)
@@ -89,11 +109,12 @@ def evaluate_captions(
     texts_by_image: list[list[int]] = [[] for _ in rows]
     for caption, owner in enumerate(owners):
         texts_by_image[owner].append(caption)
-    images = index.vectors.gather(np.array(rows))
-    queries = index.encoder.encode_texts(captions, progress=progress)
-    to_image = evaluate(queries=queries, gallery=images, positives=[[o] for o in owners], ks=ks, bootstrap="auto")
-    to_text = evaluate(queries=images, gallery=queries, positives=texts_by_image, ks=ks, bootstrap="auto")
-    _, found = index.search_vectors(queries, max(ks))
+    images = snapshot.vectors.gather(np.array(rows))
+    queries = encoder.encode_texts(captions, batch_size=batch_size, progress=progress)
+    sampling: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
+    to_image = evaluate(queries=queries, gallery=images, positives=[[o] for o in owners], ks=ks, **sampling)
+    to_text = evaluate(queries=images, gallery=queries, positives=texts_by_image, ks=ks, **sampling)
+    _, found = snapshot.search_vectors(queries, max(ks))
     wanted = np.array(rows)[owners][:, None]
     return {
         "text_to_image": to_image,
@@ -104,12 +125,15 @@ def evaluate_captions(
         "images": len(rows),
         "captions": len(captions),
         "unmatched": unmatched,
+        "index": os.fspath(index.folder),
+        "encoder": {"spec": encoder.spec, "fingerprint": encoder.fingerprint},
+        "seed": seed,
     }
 
 
 def _positions(items: Items) -> dict[bytes, int]:
     """Line of every path, and of every bare name that occurs once."""
-    paths = {items.raw_path(position): position for position in range(len(items))}
+    paths = {items.raw_name(position): position for position in range(len(items))}
     names: dict[bytes, int] = {}
     for path, position in paths.items():
         name = path.rpartition(b"/")[2]

@@ -65,7 +65,7 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
         found = connection.execute(statement, values).fetchnumpy()["id"]
     except (duckdb.Error, TypeError) as error:  # TypeError: text that is no Unicode
         reason = str(error).splitlines()[0]
-        names = [name for name in items.column_names if name not in ("path_bytes", "sha256", "mtime_ns", "row")]
+        names = [name for name in items.column_names if name not in ("name_bytes", "sha256", "mtime_ns", "row")]
         names += ["modified", *(metadata.column_names if metadata is not None else [])]
         raise InputError(
             f"filter {' AND '.join(conditions)!r} is not understood ({reason}); "

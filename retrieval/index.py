@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Bool, Float, Int
 
+from mmalign.checks import at_least, one_of
 from mmalign.device import resolve_dtype
 from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
-from mmalign.errors import EncoderMismatchError, InputError
+from mmalign.errors import InputError
 
-from . import faiss_index
-from .build import DecodeSettings, UpdateReport, add_images
-from .change import append_vectors, apply_update, describe_encoder, draft_options
-from .draft import Draft, read_skipped, store_roots
+from . import writing
 from .duplicates import find_duplicates
+from .faiss_module import import_faiss
 from .hits import Hit
 from .items import Item, Items, display_path, iterate
-from .query import Query, Term, as_terms, embed_query, embed_vector
+from .options import FaissOptions, UpdateOptions, checked_options
+from .query import Query, Term, as_terms, as_vector, embed_query
+from .recorded_encoder import check_encoder, given_encoder, recorded_dtype
+from .report import UpdateReport
 from .snapshot import Snapshot
-from .storage import Manifest, Store
-from .vectors import Vectors
+from .storage import DEFAULT_FOLDER, Manifest, Store, find_index
+from .vectors import Vectors, as_rows
 
-__all__ = ["DEFAULT_FOLDER", "ImageIndex", "find_index"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-DEFAULT_FOLDER = ".mmalign"
+__all__ = ["ImageIndex"]
 
 
 class ImageIndex:
@@ -47,35 +50,52 @@ class ImageIndex:
         self,
         folder: str | os.PathLike[str],
         *,
-        encoder: Encoder | None = None,
-        device: str | None = None,
+        encoder: str | os.PathLike[str] | Encoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
     ) -> None:
+        """As `open`, for the folder of the index itself."""
         self.store = Store(Path(folder))
-        self.device = device
-        self._encoder = encoder
         self.snapshot = Snapshot(self.store)
+        self._device = device
+        self._encoder: Encoder | None = None
+        about = self.manifest["encoder"]
+        recorded = recorded_dtype(about, dtype, self.folder)
         if encoder is not None:
-            self._check_encoder(encoder)
+            if not isinstance(encoder, Encoder):
+                if os.fspath(encoder) == about["spec"]:
+                    return  # as if nothing were given: loaded when needed
+                dtype = recorded
+            found = given_encoder(encoder, device, dtype)
+            check_encoder(about, found, self.folder)
+            self._encoder = found
 
     # -- making and opening ----------------------------------------------------------------------------------------
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str], *, encoder: Encoder | None = None, device: str | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        encoder: str | os.PathLike[str] | Encoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
     ) -> ImageIndex:
         """Open an index, given its folder or the image folder it was made in.
 
         Args:
             folder: the index, or a folder that holds one as `.mmalign`.
-            encoder: use this one instead of loading the recorded spec; must have the same fingerprint.
+            encoder: use this one (a spec, the folder of a saved encoder, or an encoder) instead of the recorded spec,
+                for example where an encoder's folder has moved; must have the same fingerprint.
             device: where to run the encoder.
+            dtype: only what the index was made with, which is the default.
 
         Raises:
-            InputError: no index there.
+            InputError: no index there, another `dtype`, or a `device` beside an encoder that is loaded already.
             IndexDamagedError: files are missing or cut, or the format is newer.
             EncoderMismatchError: `encoder` is another one than the index was made with.
         """
-        return cls(find_index(folder), encoder=encoder, device=device)
+        return cls(find_index(folder), encoder=encoder, device=device, dtype=dtype)
 
     @classmethod
     def build(
@@ -84,16 +104,16 @@ class ImageIndex:
         out: str | os.PathLike[str] | None = None,
         *,
         encoder: str | os.PathLike[str] | Encoder | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        **options: Any,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        **options: Unpack[UpdateOptions],
     ) -> tuple[ImageIndex, UpdateReport]:
         """Index a folder of images, or bring its index up to date.
 
         Args:
             folder: images, at any depth.
             out: where the index goes; `FOLDER/.mmalign` by default.
-            encoder: spec or encoder; for a new index `mmalign.encoders.DEFAULT_SPEC`, for an existing one its own.
+            encoder: spec, folder or encoder; `mmalign.encoders.DEFAULT_SPEC` for a new index, else its own.
             device: where to run the encoder.
             dtype: weights of the image tower; "auto" measures whether bfloat16 is faster. Recorded: later updates use
                 the same.
@@ -103,11 +123,14 @@ class ImageIndex:
             The index and what was done.
 
         Raises:
-            InputError: the folder is missing, empty, or none of its images can be read.
+            InputError: the folder is missing, empty, or none of its images can be read; an option that does not exist
+                or is out of range; `device` or `dtype` beside an encoder that is loaded already, or another `dtype`
+                than the existing index was made with.
             EncoderUnavailableError: the encoder's weights are not to be had.
             EncoderMismatchError: the index exists and was made with another encoder.
             IndexLockedError: another process is writing to it.
         """
+        wanted = checked_options(options)
         root = Path(folder)
         if not root.is_dir():
             kind = "is a file; give the folder it is in" if root.exists() else "does not exist; check the path"
@@ -116,85 +139,77 @@ class ImageIndex:
         if dtype != "auto":
             resolve_dtype(dtype)
         if store.exists():
-            index = cls(store.folder, device=device)
-            if encoder is not None:
-                index._encoder = encoder if isinstance(encoder, Encoder) else index._load(os.fspath(encoder))
-                index._check_encoder(index._encoder)
-            return index, index.update(root, **options)
-        faiss_index.import_faiss()
-        if not isinstance(encoder, Encoder):
-            encoder = load_encoder(encoder or DEFAULT_SPEC, device=device, dtype=dtype)
-        encoder.require("image")
-        with store.write() as writer:
-            _refuse_existing(store)
-            try:
-                draft = Draft.start(store, writer, describe_encoder(encoder), [root], **draft_options(options))
-                report = apply_update(draft, encoder, root, 0, options)
-            except BaseException:
-                writer.abandon()
-                raise
-        return cls(store.folder, encoder=encoder), report
+            index = cls(store.folder, encoder=encoder, device=device, dtype=dtype)
+            return index, index.update(root, **wanted)
+        import_faiss()
+        made_with = given_encoder(encoder if encoder is not None else DEFAULT_SPEC, device, dtype)
+        made_with.require("image")
+        report = writing.build_index(store, made_with, root, wanted)
+        return cls(store.folder, encoder=made_with), report
 
     @classmethod
     def from_vectors(
         cls,
-        out: str | os.PathLike[str],
         vectors: Float[np.ndarray, "n dim"],
+        out: str | os.PathLike[str],
         *,
-        encoder: Encoder | None = None,
         paths: Sequence[str] | None = None,
         root: str | os.PathLike[str] | None = None,
         metadata: pa.Table | None = None,
         factory: str | None = None,
-        wanted_recall: float | None = None,
+        recall: float | None = None,
         text_queries: np.ndarray | None = None,
         memory_bytes: int | None = None,
+        encoder: str | os.PathLike[str] | Encoder | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
         progress: bool = False,
     ) -> ImageIndex:
         """Make an index of vectors that exist already.
 
         Args:
-            out: a new folder.
             vectors: [n, dim]; normalised if they are not; may be memory-mapped and is read in pieces.
-            encoder: what made them, for queries in words and images; without it only vectors can be searched for.
-            paths: a name for each; relative to `root` where that is given.
-            root: folder of the files.
+            out: a new folder.
+            paths: a name for each; relative to `root`, the folder of the files, where that is given.
+            root: see `paths`.
             metadata: further columns, n rows.
-            factory: FAISS factory string instead of the choice by size.
-            wanted_recall: recall@10 to tune for; 0.95 by default.
-            text_queries: unit rows to tune with.
-            memory_bytes: what the FAISS index may take.
+            factory, recall, text_queries, memory_bytes: see `retrieval.options.FaissOptions`.
+            encoder: what made them (spec, folder or encoder), for queries in words and images; without it only vectors
+                can be searched for.
+            device: where to run the encoder.
+            dtype: weights of the image tower, recorded.
             progress: show a bar.
 
         Raises:
             InputError: rows that are zero or not finite (named), wrong shapes, or `out` holds an index.
         """
+        options = FaissOptions(factory, recall, text_queries, memory_bytes)
+        if encoder is None and (device is not None or dtype != "auto"):
+            raise InputError("device and dtype are for an encoder, and none is given; leave them out or give encoder")
+        made_with = None if encoder is None else given_encoder(encoder, device, dtype)
         store = Store(Path(out))
-        _refuse_existing(store)
-        about = describe_encoder(encoder) if encoder is not None else {"spec": None, "dim": int(vectors.shape[-1])}
-        with store.write() as writer:
-            _refuse_existing(store)
-            try:
-                draft = Draft.start(store, writer, about, [Path(root)] if root is not None else [])
-                append_vectors(draft, vectors, paths, 0 if root is not None else -1, metadata)
-                draft.finish(
-                    encoder,
-                    factory=factory,
-                    wanted_recall=wanted_recall,
-                    text_queries=text_queries,
-                    memory_bytes=memory_bytes,
-                    progress=progress,
-                )
-            except BaseException:
-                writer.abandon()
-                raise
-        return cls(store.folder, encoder=encoder)
+        writing.index_vectors(
+            store,
+            as_rows(vectors),
+            made_with,
+            options,
+            names=paths,
+            root=Path(root) if root is not None else None,
+            metadata=metadata,
+            progress=progress,
+        )
+        return cls(store.folder, encoder=made_with)
 
     def refresh(self) -> None:
         """See what has been written since; searches that are running finish on the state they began with."""
         self.snapshot = Snapshot(self.store)
 
     # -- looking at it ---------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Where the index is."""
+        return self.store.folder
 
     @property
     def manifest(self) -> Manifest:
@@ -233,7 +248,7 @@ class ImageIndex:
         return iterate(self.items)
 
     def __repr__(self) -> str:
-        return f"ImageIndex({str(self.store.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
+        return f"ImageIndex({str(self.folder)!r}, {len(self)} images, {self.manifest['encoder']['spec']})"
 
     @property
     def encoder(self) -> Encoder:
@@ -242,32 +257,36 @@ class ImageIndex:
         Raises:
             EncoderMismatchError: the recorded spec gives other vectors today than when the index was made.
         """
-        if self._encoder is None:
-            spec = self.manifest["encoder"]["spec"]
-            if spec is None:
+        return self._encoder_of(self.manifest["encoder"])
+
+    def _encoder_of(self, about: dict[str, Any]) -> Encoder:
+        encoder = self._encoder
+        if encoder is None:
+            if about["spec"] is None:
                 raise InputError(
                     "this index was made from vectors alone; open it with the encoder that made them, "
                     "ImageIndex.open(folder, encoder=...), or search with vectors"
                 )
-            encoder = self._load(spec)
-            self._check_encoder(encoder)
-            self._encoder = encoder
-        return self._encoder
+            encoder = load_encoder(about["spec"], device=self._device, dtype=about["dtype"])
+        check_encoder(about, encoder, self.folder)
+        self._encoder = encoder
+        return encoder
 
     def info(self) -> dict[str, Any]:
         """What the index holds and how it was made, JSON-safe."""
-        manifest = self.manifest
+        snapshot = self.snapshot
+        manifest = snapshot.manifest
         return {
-            "folder": os.fspath(self.store.folder),
-            "roots": [display_path(os.fsencode(root)) for root in self.roots],
-            "images": len(self),
-            "distinct": self.snapshot.alive_count,
-            "skipped": len(self.skipped()),
+            "folder": os.fspath(self.folder),
+            "roots": [display_path(os.fsencode(root)) for root in snapshot.roots],
+            "images": len(snapshot.items),
+            "distinct": snapshot.alive_count,
+            "skipped": len(snapshot.skipped()),
             "encoder": manifest["encoder"],
-            "decode": manifest["settings"].get("decode", {}),
+            "decode": manifest["settings"]["decode"],
             "faiss": manifest["faiss"],
             "measured": manifest["measured"],
-            "metadata_columns": self.metadata.column_names if self.metadata is not None else [],
+            "metadata_columns": snapshot.metadata.column_names if snapshot.metadata is not None else [],
             "bytes": sum(about["size"] for about in manifest["files"].values()),
             "format": manifest["format"],
             "generation": manifest["generation"],
@@ -277,11 +296,11 @@ class ImageIndex:
 
     def skipped(self) -> list[dict[str, Any]]:
         """Files that could not be read, with `path`, `reason` and `message`."""
-        return read_skipped(self.store.folder, self.manifest)
+        return self.snapshot.skipped()
 
-    def verify(self) -> list[str]:
+    def verify(self, *, progress: bool = False) -> list[str]:
         """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
-        return self.snapshot.verify()
+        return [f"{name} {problem}" for name, problem in self.snapshot.problems(progress=progress)]
 
     # -- searching -------------------------------------------------------------------------------------------------
 
@@ -294,55 +313,71 @@ class ImageIndex:
         min_match: float | None = None,
         min_score: float | None = None,
         exact: bool = False,
+        kind: Literal["text", "image"] | None = None,
     ) -> list[Hit]:
         """The k best images for words, images, or several of both.
 
         Args:
             query: a string (words), a path or picture, a `Term` with weight and sign, a list of these, or a vector
-                [dim] of the same space. In a list, strings are words and paths are images.
+                [dim] of the same space. In a list, strings are words and paths are images. Images are decoded as
+                those of the index were.
             k: at most this many hits.
             where: keep only items for which this holds, SQL or `key=value`; see `retrieval.filters.kept_ids`.
             min_match: drop hits with a lower match, in [0, 1]; an empty list then means that nothing here matches.
-            min_score: drop hits with a lower cosine.
+            min_score: drop hits with a lower cosine, in [-1, 1].
             exact: scan all vectors instead of asking FAISS.
+            kind: what a vector stands for when matches are reckoned, "image" by default; only for vectors.
 
         Returns:
             Hits in descending order of cosine; fewer than k only if fewer items pass.
 
         Raises:
-            InputError: an empty query, k below 1, a filter that is not understood, a vector of another width or with
-                values that are not finite.
+            InputError: an empty query, a number out of range, a filter that is not understood, a vector that is none.
             UnreadableImageError: a query image cannot be read.
         """
-        if isinstance(query, np.ndarray) and query.ndim <= 2 and query.size == query.shape[-1]:
-            vector, kind = embed_vector(query, self.dim), "image"
-        else:
-            fast = bool(self.manifest["settings"].get("decode", {}).get("fast_decode"))
-            vector, kind = embed_query(self.encoder, as_terms(query), fast_decode=fast)
+        at_least("k", k)
         snapshot = self.snapshot
-        passing = snapshot.passing(where) if where is not None else None
-        mask = snapshot.rows_of(passing) if passing is not None else None
-        # Padding for results that cannot be is not worth the memory of a k typed with too many zeros.
-        depth = min(k, max(1, snapshot.alive_count))
-        scores, rows = snapshot.search_vectors(vector[None], depth, mask=mask, exact=exact)
-        return snapshot.hits(scores[0], rows[0], kind, min_match=min_match, min_score=min_score, passing=passing)
+        vector = as_vector(query, snapshot.dim)
+        if vector is None:
+            if kind is not None:
+                raise InputError("kind says what a vector stands for; words and images need no kind, leave it out")
+            encoder = self._encoder_of(snapshot.manifest["encoder"])
+            vector, meant = embed_query(encoder, as_terms(query), snapshot.decode)
+        else:
+            meant = kind or "image"
+            one_of("kind", meant, ("text", "image"))
+        return snapshot.search(vector, meant, k, where=where, min_match=min_match, min_score=min_score, exact=exact)
 
-    def similar(self, image: int | str | os.PathLike[str], k: int = 10, **options: Any) -> list[Hit]:
+    def similar(
+        self,
+        image: int | str | os.PathLike[str],
+        k: int = 10,
+        *,
+        where: str | Sequence[str] | None = None,
+        min_match: float | None = None,
+        min_score: float | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
         """The images most like one of the index (by id or path) or any other image file; itself left out.
 
         Raises:
-            InputError: no such id.
+            InputError: no such id, or as for `search`.
         """
-        position = self.snapshot.position_of(image)
-        if position is None:
-            if isinstance(image, Integral):
-                raise InputError(f"the index has no item with id {image}; `search` results carry ids")
-            return self.search(Term(image, kind="image"), k, **options)
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least one result")
-        row = self.items.value("row", position)
-        vector = self.vectors.gather(np.array([row]))[0]
-        hits = self.search(vector, k + 1, **options)
+        at_least("k", k)
+        snapshot = self.snapshot
+        position = snapshot.position_of(image)
+        row = None
+        if position is not None:
+            row = snapshot.items.value("row", position)
+            vector = snapshot.vectors.gather(np.array([row]))[0]
+        elif isinstance(image, Integral):
+            raise InputError(f"the index has no item with id {image}; `search` results carry ids")
+        else:
+            encoder = self._encoder_of(snapshot.manifest["encoder"])
+            vector, _ = embed_query(encoder, [Term(image, kind="image")], snapshot.decode)
+        hits = snapshot.search(
+            vector, "image", k + 1, where=where, min_match=min_match, min_score=min_score, exact=exact
+        )
         others = [hit for hit in hits if hit.item.row != row][:k]
         return [replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
 
@@ -354,7 +389,7 @@ class ImageIndex:
         mask: Bool[np.ndarray, " rows"] | None = None,
         exact: bool = False,
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-        """Cosines and vector rows of the k best for each unit query, re-ranked exactly; row -1 pads short results.
+        """Cosines and vector rows of the k best for each unit query, scored exactly; row -1 pads short results.
 
         Args:
             queries: unit rows, float32.
@@ -367,52 +402,48 @@ class ImageIndex:
         """
         return self.snapshot.search_vectors(queries, k, mask=mask, exact=exact)
 
-    def duplicates(self, threshold: float | None = None, *, neighbours: int = 20) -> list[list[Item]]:
+    def duplicates(
+        self, near: float | None = None, *, neighbours: int = 20, progress: bool = False
+    ) -> list[list[Item]]:
         """Groups of images that are the same; see `retrieval.duplicates.find_duplicates`."""
-        return find_duplicates(self, threshold, neighbours=neighbours)
+        return find_duplicates(self.snapshot, near, neighbours=neighbours, progress=progress)
 
     # -- changing --------------------------------------------------------------------------------------------------
 
-    def update(self, folder: str | os.PathLike[str] | None = None, **options: Any) -> UpdateReport:
+    def update(self, folder: str | os.PathLike[str] | None = None, **options: Unpack[UpdateOptions]) -> UpdateReport:
         """Bring the index in line with its folder, or with a further one.
+
+        Only what changed is read; the encoder is loaded only if there is something to encode.
 
         Args:
             folder: one of the indexed folders, or a new one to add; by default all indexed folders in turn.
-            options: `batch_size`, `workers`, `progress`, `allow_removals`, `metadata` (a file), `factory`,
-                `wanted_recall`, `text_queries`, `memory_bytes`; `follow_links`, `all_files`, `hidden`, `shard` (i, n);
-                `fast_decode`, `tolerate_truncation`, `max_pixels`, which stay as they were unless given.
+            options: by keyword (`retrieval.options.UpdateOptions`).
+                For this update: `allow_removals` (drop vanished images even if they are more than a half),
+                `batch_size` (images a forward pass), `workers` (decoding threads), `checkpoint_seconds` (between
+                states that cannot be lost, at least), `progress` (show a bar).
+                As it was unless given: `metadata` (a CSV, JSONL or Parquet file), `follow_links`, `all_files`,
+                `hidden`, `shard` (i, n) (see `retrieval.scan.ScanSettings`), `fast_decode`, `tolerate_truncation`,
+                `max_pixels` (see `mmalign.imaging.DecodeSettings`), `factory`, `recall`, `text_queries`,
+                `memory_bytes` (see `retrieval.options.FaissOptions`).
 
         Raises:
             InputError, EncoderMismatchError, IndexLockedError: as for `build`.
         """
-        encoder = self.encoder
-        with self._drafting(**draft_options(options)) as draft:
-            if folder is None:
-                reports = [apply_update(draft, encoder, root, n, options) for n, root in enumerate(self.roots)]
-                if not reports:
-                    raise InputError("this index was made from vectors and has no folder; name one to add")
-                return sum(reports[1:], reports[0])
-            root = Path(folder)
-            known = [number for number, path in enumerate(self.roots) if path.resolve() == root.resolve()]
-            if not known:
-                for path in self.roots:
-                    if path.resolve() in root.resolve().parents or root.resolve() in path.resolve().parents:
-                        raise InputError(f"{str(root)!r} and the indexed {str(path)!r} overlap; index the outer one")
-                draft.manifest["roots"] += store_roots([root], self.store.folder)
-                draft.touch()
-            return apply_update(draft, encoder, root, known[0] if known else len(self.roots), options)
+        report = writing.update_index(self.store, self._encoder_of, folder, checked_options(options))
+        self.refresh()
+        return report
 
-    def add(self, images: Iterable[str | os.PathLike[str]], *, progress: bool = False) -> list[int]:
+    def add(
+        self, images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, progress: bool = False
+    ) -> list[int]:
         """Add image files by path; returns their ids, those of known files included.
 
         Raises:
             UnreadableImageError: a file cannot be read; nothing was added.
         """
-        decode = DecodeSettings(**self.manifest["settings"].get("decode", {}))
-        with self._drafting() as draft:
-            paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-            ids = add_images(draft, self.encoder, self.roots, paths, decode=decode, progress=progress)
-            draft.finish(self.encoder)
+        paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+        ids = writing.add_files(self.store, self._encoder_of, paths, progress=progress)
+        self.refresh()
         return ids
 
     def add_vectors(
@@ -422,77 +453,48 @@ class ImageIndex:
         paths: Sequence[str] | None = None,
         metadata: pa.Table | None = None,
     ) -> list[int]:
-        """Add rows made elsewhere with the same encoder; returns their ids.
+        """Add rows made elsewhere with the same encoder; returns their ids. Nothing is encoded.
 
         Raises:
             InputError: another width, or rows that are zero or not finite.
         """
-        with self._drafting() as draft:
-            ids = append_vectors(draft, np.asarray(vectors), paths, -1, metadata)
-            draft.finish(self._encoder)
+        ids = writing.add_vectors(self.store, as_rows(vectors), names=paths, metadata=metadata)
+        self.refresh()
         return ids
 
-    def remove(self, ids: Iterable[int]) -> None:
+    def remove(self, ids: int | Iterable[int]) -> None:
         """Remove items by id. Image files are not touched; an update of their folder will find them again.
+
+        Nothing is encoded.
 
         Raises:
             InputError: an id is not in the index; nothing was removed.
         """
-        wanted = set(ids)
-        with self._drafting() as draft:
-            unknown = wanted - set(draft.items.id)
-            if unknown:
-                raise InputError(f"the index has no items with ids {sorted(unknown)[:5]}; nothing was removed")
-            draft.items.keep([number not in wanted for number in draft.items.id])
-            draft.touch()
-            draft.finish(self._encoder)
-
-    def rebuild(self, **options: Any) -> None:
-        """Build FAISS and calibration again from the vectors; `options` as for `update`."""
-        with self._drafting() as draft:
-            draft.finish(self._encoder, force=True, **options)
-
-    @contextmanager
-    def _drafting(self, **options: Any) -> Iterator[Draft]:
-        with self.store.write() as writer:
-            self.refresh()  # another process may have written since we opened it
-            yield Draft(writer, self.store.read_manifest(), **options)
+        wanted = [ids] if isinstance(ids, Integral) else list(ids)  # type: ignore[arg-type]
+        for number in wanted:
+            at_least("id", number, 0)
+        writing.remove_items(self.store, {int(number) for number in wanted})
         self.refresh()
 
-    # -- encoders --------------------------------------------------------------------------------------------------
+    def rebuild(
+        self,
+        *,
+        factory: str | None = None,
+        recall: float | None = None,
+        text_queries: np.ndarray | None = None,
+        memory_bytes: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Build FAISS and calibration again from the vectors.
 
-    def _load(self, spec: str) -> Encoder:
-        about = self.manifest["encoder"]
-        return load_encoder(spec, device=self.device, dtype=about.get("dtype", "float32"))
+        The encoder is loaded only if the index has one that takes text and its reference queries are missing, or fewer
+        than an index of this size is tuned with.
 
-    def _check_encoder(self, encoder: Encoder) -> None:
-        about = self.manifest["encoder"]
-        if about["spec"] is None and encoder.dim == self.dim:
-            return
-        if encoder.fingerprint != about.get("fingerprint"):
-            raise EncoderMismatchError(
-                f"index {str(self.store.folder)!r} was made with {about['spec']!r} (fingerprint "
-                f"{about.get('fingerprint', '-')[:12]}), not with {encoder.spec!r} ({encoder.fingerprint[:12]}); their "
-                f"vectors cannot be compared. Use the first, or make a new index with --out"
-            )
+        What is given holds from now on; see `retrieval.options.FaissOptions`.
 
-
-def _refuse_existing(store: Store) -> None:
-    """Before the encoder is loaded, and again once the lock is held: two first builds must not follow each other."""
-    if store.exists():
-        raise InputError(f"{str(store.folder)!r} holds an index already; choose another folder, or update that one")
-
-
-def find_index(path: str | os.PathLike[str]) -> Path:
-    """The index folder for a path: itself, or `.mmalign` in it.
-
-    Raises:
-        InputError: neither is an index.
-    """
-    given = Path(path)
-    for candidate in (given, given / DEFAULT_FOLDER):
-        if Store(candidate).exists():
-            return candidate
-    if not given.exists():
-        raise InputError(f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`")
-    raise InputError(f"{str(given)!r} is not an index and holds none; make one with `mmalign index {given}`")
+        Raises:
+            InputError: the factory is not known, or does not fit the vectors; a number out of range.
+        """
+        options = FaissOptions(factory, recall, text_queries, memory_bytes)
+        writing.rebuild_index(self.store, self._encoder_of, options, progress=progress)
+        self.refresh()

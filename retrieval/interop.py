@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
+from mmalign.checks import at_least
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError
+from mmalign.files import whole_folder
 from mmalign.progress import progress_bar
 
 from .index import ImageIndex
 from .metadata import concat_metadata
+from .snapshot import Snapshot
 
 __all__ = ["export_clip_retrieval", "import_clip_retrieval"]
 
@@ -32,8 +35,10 @@ def import_clip_retrieval(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    encoder: Encoder | None = None,
     factory: str | None = None,
+    encoder: str | os.PathLike[str] | Encoder | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
     progress: bool = False,
 ) -> ImageIndex:
     """Make an index of an existing collection without embedding it again.
@@ -41,8 +46,11 @@ def import_clip_retrieval(
     Args:
         folder: what `clip-retrieval inference` wrote.
         out: a new index folder.
-        encoder: the model that was used there, for queries in words; nothing in the collection says which it was.
-        factory: FAISS factory string instead of the choice by size.
+        factory: FAISS factory string or registered type, instead of the choice by size.
+        encoder: the model that was used there (spec, folder or encoder), for queries in words; nothing in the
+            collection says which it was.
+        device: where to run the encoder.
+        dtype: weights of its image tower, recorded.
         progress: show a bar.
 
     Raises:
@@ -79,56 +87,51 @@ def import_clip_retrieval(
     metadata = concat_metadata([t for t in columns if t is not None]) if tables else None
     common = _common_root(names)
     return ImageIndex.from_vectors(
-        out,
         _Stacked(parts),  # type: ignore[arg-type]
-        encoder=encoder,
+        out,
         paths=[os.path.relpath(name, common) for name in names] if common else names,
         root=common,
         metadata=metadata,
         factory=factory,
+        encoder=encoder,
+        device=device,
+        dtype=dtype,
         progress=progress,
     )
 
 
 def export_clip_retrieval(
-    index: ImageIndex, folder: str | os.PathLike[str], *, rows_a_shard: int = 100_000, progress: bool = False
+    index: ImageIndex, out: str | os.PathLike[str], *, rows_a_shard: int = 100_000, progress: bool = False
 ) -> Path:
-    """Write an index in that layout, one row an item.
+    """Write an index in that layout, one row an item. The folder appears whole or not at all.
 
     Raises:
-        InputError: the folder holds such files already.
+        InputError: `out` exists and is not an empty folder, or cannot be written.
     """
-    target = Path(folder)
-    if (target / "img_emb").exists() or (target / "metadata").exists():
-        raise InputError(f"{str(target)!r} holds an export already; choose another folder")
-    try:
-        _write_shards(index, target, rows_a_shard, progress)
-    except OSError as error:
-        for made in (target / "img_emb", target / "metadata"):
-            shutil.rmtree(made, ignore_errors=True)
-        raise InputError(
-            f"writing to {str(target)!r} failed ({error.strerror or error}); choose another place"
-        ) from None
+    at_least("rows_a_shard", rows_a_shard)
+    target = Path(out)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{str(target)!r} exists and is no empty folder; choose another with --out (out=...)")
+    with whole_folder(target, remedy="choose another place with --out (out=...), or make room") as fresh:
+        _write_shards(index.snapshot, fresh, rows_a_shard, progress)
     return target
 
 
-def _write_shards(index: ImageIndex, target: Path, rows_a_shard: int, progress: bool) -> None:
-    (target / "img_emb").mkdir(parents=True)
+def _write_shards(snapshot: Snapshot, target: Path, rows_a_shard: int, progress: bool) -> None:
+    (target / "img_emb").mkdir()
     (target / "metadata").mkdir()
-    rows = index.items.numbers("row")
+    rows = snapshot.items.numbers("row")
     with progress_bar("exporting", len(rows), unit="vectors", enabled=progress) as advance:
         for number, start in enumerate(range(0, len(rows), rows_a_shard)):
             part = range(start, min(start + rows_a_shard, len(rows)))
-            np.save(
-                target / f"img_emb/img_emb_{number}.npy",
-                index.vectors.gather(rows[part.start : part.stop]).astype(np.float16),
-            )
-            pq.write_table(_export_rows(index, part), target / f"metadata/metadata_{number}.parquet")
+            vectors = snapshot.vectors.gather(rows[part.start : part.stop])
+            np.save(target / f"img_emb/img_emb_{number}.npy", vectors.astype(np.float16))
+            pq.write_table(_export_rows(snapshot, part), target / f"metadata/metadata_{number}.parquet")
             advance(len(part))
 
 
-def _export_rows(index: ImageIndex, part: range) -> pa.Table:
-    items = [index.items.item(position) for position in part]
+def _export_rows(snapshot: Snapshot, part: range) -> pa.Table:
+    items = [snapshot.items.item(position) for position in part]
     table = pa.table(
         {
             "image_path": [os.fspath(item.path).encode("utf-8", "backslashreplace").decode() for item in items],
@@ -138,13 +141,13 @@ def _export_rows(index: ImageIndex, part: range) -> pa.Table:
             "sha256": [item.sha256 for item in items],
         }
     )
-    if index.metadata is None:
+    if snapshot.metadata is None:
         return table
     # A join would not keep the order of rows, nor take lists and structs.
-    places = pc.index_in(table.column("id"), index.metadata.column("id"))
-    for name in index.metadata.column_names:
+    places = pc.index_in(table.column("id"), snapshot.metadata.column("id"))
+    for name in snapshot.metadata.column_names:
         if name not in table.column_names:
-            table = table.append_column(name, index.metadata.column(name).take(places))
+            table = table.append_column(name, snapshot.metadata.column(name).take(places))
     return table
 
 

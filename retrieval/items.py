@@ -25,8 +25,8 @@ SCHEMA = pa.schema(
         ("id", pa.int64()),
         ("row", pa.int64()),
         ("root", pa.int16()),
-        ("path", pa.string()),
-        ("path_bytes", pa.binary()),
+        ("name", pa.string()),
+        ("name_bytes", pa.binary()),
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),
         ("sha256", pa.binary(32)),
@@ -95,15 +95,15 @@ class Items:
         """One cell."""
         return self._columns[self._name[name]][position].as_py()
 
-    def raw_path(self, position: int) -> bytes:
+    def raw_name(self, position: int) -> bytes:
         """The path below its root as the file system has it."""
-        raw = self.value("path_bytes", position)
-        return raw if raw is not None else self.value("path", position).encode()
+        raw = self.value("name_bytes", position)
+        return raw if raw is not None else self.value("name", position).encode()
 
     def item(self, position: int) -> Item:
         """The item in one line of the table."""
         get = self.value
-        raw = self.raw_path(position)
+        raw = self.raw_name(position)
         root = get("root", position)
         path = Path(os.fsdecode(raw))
         flags = get("flags", position)
@@ -149,7 +149,7 @@ class ItemColumns:
     id: list[int] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
     root: list[int] = field(default_factory=list)
-    raw_path: list[bytes] = field(default_factory=list)
+    raw_name: list[bytes] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     mtime_ns: list[int] = field(default_factory=list)
     sha256: list[bytes] = field(default_factory=list)
@@ -162,9 +162,9 @@ class ItemColumns:
     def of(cls, items: Items) -> ItemColumns:
         """Copy a stored table."""
         table = items.table
-        columns = {name: table.column(name).to_pylist() for name in table.column_names if not name.startswith("path")}
-        paths, raw = table.column("path").to_pylist(), table.column("path_bytes").to_pylist()
-        return cls(raw_path=[p.encode() if r is None else r for p, r in zip(paths, raw, strict=True)], **columns)
+        columns = {name: table.column(name).to_pylist() for name in table.column_names if not name.startswith("name")}
+        names, raw = table.column("name").to_pylist(), table.column("name_bytes").to_pylist()
+        return cls(raw_name=[n.encode() if r is None else r for n, r in zip(names, raw, strict=True)], **columns)
 
     def __len__(self) -> int:
         return len(self.id)
@@ -181,8 +181,8 @@ class ItemColumns:
 
     def to_table(self) -> pa.Table:
         """In the stored schema, ordered as it is."""
-        shown = [display_path(raw) for raw in self.raw_path]
-        exact = [None if raw == text.encode() else raw for raw, text in zip(self.raw_path, shown, strict=True)]
+        shown = [display_path(raw) for raw in self.raw_name]
+        exact = [None if raw == text.encode() else raw for raw, text in zip(self.raw_name, shown, strict=True)]
         columns = [
             self.id, self.row, self.root, shown, exact, self.size, self.mtime_ns, self.sha256, self.width, self.height,
             self.format, self.flags,

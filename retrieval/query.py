@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mmalign.checks import in_range, one_of
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError
-from mmalign.imaging import read_image
+from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 
 from .vectors import checked_rows
 
-__all__ = ["Query", "Term", "embed_query", "parse_term"]
+__all__ = ["Query", "Term", "as_terms", "as_vector", "embed_query", "parse_term"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Term:
     kind: str = "text"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("text", "image"):
-            raise InputError(f"term kind {self.kind!r} is not text or image")
-        if not np.isfinite(self.weight) or self.weight == 0:
-            raise InputError(f"weight {self.weight} of {self.value!r} must be a number other than 0")
+        one_of("kind", self.kind, ("text", "image"))
+        in_range("weight", self.weight)
+        if self.weight == 0:
+            raise InputError(f"weight of {self.value!r} is 0; give another number, below 0 to push away")
         if self.kind == "text" and (not isinstance(self.value, str) or not self.value.strip()):
             raise InputError(f"the query {self.value!r} is empty; give some words or an image")
 
@@ -93,9 +93,14 @@ def as_terms(query: Query) -> list[Term]:
 
 
 def embed_query(
-    encoder: Encoder, terms: Sequence[Term], *, fast_decode: bool = False
+    encoder: Encoder, terms: Sequence[Term], decode: DecodeSettings = DEFAULT_DECODING
 ) -> tuple[Float[np.ndarray, " dim"], str]:
     """The unit vector of the weighted sum of unit vectors, and which background to compare it with.
+
+    Args:
+        encoder: embeds the terms.
+        terms: at least one.
+        decode: how images become pixels; that of the index which is asked.
 
     Returns:
         The vector, and "text" if any term with a positive weight is text, else "image".
@@ -109,7 +114,7 @@ def embed_query(
         if term.kind == "text":
             vector = encoder.encode_texts([term.value])[0]
         else:
-            vector = encoder.encode_images([_decoded(encoder, term.value, fast_decode)])[0]
+            vector = encoder.encode_images([term.value], decode=decode)[0]
         total += term.weight * vector.astype(np.float64)
     norm = float(np.linalg.norm(total))
     if norm < 1e-6:
@@ -119,14 +124,12 @@ def embed_query(
     return (total / norm).astype(np.float32), kind
 
 
-def embed_vector(vector: np.ndarray, dim: int) -> Float[np.ndarray, " dim"]:
-    """A user's own query vector as a unit vector."""
-    return checked_rows(np.asarray(vector).reshape(1, -1), dim)[0]
+def as_vector(query: Query, dim: int) -> Float[np.ndarray, " dim"] | None:
+    """A query that is a vector, [dim] or [1, dim], as a unit vector; `None` for any other query.
 
-
-def _decoded(encoder: Encoder, image: Any, fast_decode: bool) -> Any:
-    """The image as the index would have read it."""
-    if not isinstance(image, (str, os.PathLike)) or encoder.preprocessing is None:
-        return image
-    size = encoder.preprocessing.size if fast_decode else None
-    return read_image(image, fast_decode=size).pixels
+    Raises:
+        InputError: another width, zero, or values that are not finite.
+    """
+    if not isinstance(query, np.ndarray) or query.ndim > 2 or query.size != query.shape[-1]:
+        return None
+    return checked_rows(query.reshape(1, -1), dim)[0]

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmalign.errors import IndexDamagedError
 
 from .draft import Draft
-from .index import ImageIndex, find_index
-from .storage import Manifest, Store
+from .finishing import finish
+from .snapshot import Snapshot
+from .storage import Manifest, Store, find_index
 
-__all__ = ["diagnose", "repair"]
+__all__ = ["Problem", "diagnose", "repair"]
 
 
-def diagnose(folder: str | os.PathLike[str]) -> list[str]:
+@dataclass(frozen=True)
+class Problem:
+    """A file of an index, what is wrong with it, and what to do."""
+
+    file: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.problem}; {self.remedy}"
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON-safe."""
+        return asdict(self)
+
+
+def diagnose(folder: str | os.PathLike[str], *, contents: bool = True, progress: bool = False) -> list[Problem]:
     """Every problem of an index, each with its remedy; empty if all checksums and counts hold.
+
+    Args:
+        folder: the index, or a folder that holds one.
+        contents: compare every file with its checksum; without it, only what files say of each other, which is enough
+            after `repair`.
+        progress: show a bar.
 
     Raises:
         InputError: no index there.
@@ -25,13 +49,16 @@ def diagnose(folder: str | os.PathLike[str]) -> list[str]:
     store = Store(path)
     while True:
         manifest = store.read_unchecked()
-        problems = list(store.check_contents(manifest)) or ImageIndex(path).verify()
+        checked = store.check_contents(manifest, progress=progress) if contents else ()
+        problems = [(name, text) for name, text in checked if text] or list(Snapshot(store).inconsistencies())
         if not problems or not store.is_superseded(manifest):  # else a writer cleared what we were checking
-            return [f"{problem}; {_remedy(problem, path, manifest)}" for problem in problems]
+            return [Problem(name, text, _remedy(name, path, manifest)) for name, text in problems]
 
 
-def repair(folder: str | os.PathLike[str]) -> list[str]:
+def repair(folder: str | os.PathLike[str], *, progress: bool = False) -> list[str]:
     """Rebuild what can be derived: the FAISS file, calibration, the skip report. Returns what was done.
+
+    Nothing is encoded: reference queries that are lost come back with the next update or `ImageIndex.rebuild`.
 
     Raises:
         IndexDamagedError: vectors, items or metadata are damaged, which only a backup or the images can restore.
@@ -41,30 +68,32 @@ def repair(folder: str | os.PathLike[str]) -> list[str]:
     done = []
     with store.write() as writer:
         manifest = store.read_unchecked()
-        broken = [problem.split(" ")[0] for problem in store.check_contents(manifest)]
+        broken = [name for name, _ in writer.damaged(manifest, manifest["files"], progress=progress)]
         lost = [name for name in broken if name not in _derived(manifest)]
         if lost:
             raise IndexDamagedError(
                 f"{', '.join(lost)} cannot be rebuilt from the rest; restore the file from a backup, or "
                 f"{_again(manifest, path)}"
             )
-        for part in ("skipped", "queries"):
-            if manifest[part] in broken:
-                manifest[part] = None
-                done.append(f"dropped the damaged list of {part}")
-        draft = Draft(writer, manifest)
-        draft.finish(None, force=True)
+        if manifest["skipped"] in broken:
+            manifest["skipped"] = None
+            done.append("dropped the damaged list of skipped files")
+        if manifest["queries"] and manifest["queries"]["file"] in broken:
+            manifest["queries"] = None
+            done.append("dropped the damaged reference queries")
+        finish(Draft(writer, manifest), force=True, progress=progress)
         done.append("rebuilt the FAISS index and the calibration from the stored vectors")
     return done
 
 
 def _derived(manifest: Manifest) -> set[str | None]:
     """Files that can be made again from the others, or done without."""
-    return {manifest["skipped"], manifest["queries"], manifest["faiss"]["file"] if manifest["faiss"] else None}
+    files = [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
+    return {manifest["skipped"], *files}
 
 
-def _remedy(problem: str, folder: Path, manifest: Manifest) -> str:
-    if problem.split(" ")[0] in _derived(manifest):
+def _remedy(name: str, folder: Path, manifest: Manifest) -> str:
+    if name in _derived(manifest):
         return f"`mmalign verify {folder} --repair` makes it again or does without"
     return f"restore the file from a backup, or {_again(manifest, folder)}"
 

@@ -7,51 +7,52 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmalign.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "FoundFile", "ScanResult", "parse_shard", "scan"]
+__all__ = ["DEFAULT_SCANNING", "IMAGE_SUFFIXES", "FoundFile", "ScanResult", "ScanSettings", "parse_shard", "scan"]
 
 # What counts as an image by name. Content decides in the end: these are the files worth opening.
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".apng",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".avif",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".ico",
-        ".icns",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pcx",
-        ".tga",
-        ".dds",
-        ".psd",
-        ".qoi",
-        ".sgi",
-        ".mpo",
-        ".exr",
-    ]
-)
+_SUFFIXES = """
+    .jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .heic .heif .hif .avif .jp2 .j2k .jpx .ico .icns
+    .ppm .pgm .pbm .pnm .pcx .tga .dds .psd .qoi .sgi .mpo .exr
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """Which files count; recorded for each indexed folder.
+
+    Attributes:
+        follow_links: enter linked folders too, each real folder once. Linked files always count.
+        all_files: also files without an image suffix; those that are no images will be reported as skipped.
+        hidden: also names that start with a dot (thumbnail caches, macOS resource forks).
+        shard: (i, n) keeps the i-th of n parts, counted from 0, by a hash of the path.
+    """
+
+    follow_links: bool = False
+    all_files: bool = False
+    hidden: bool = False
+    shard: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard is None:
+            return
+        given = tuple(self.shard) if isinstance(self.shard, (tuple, list)) else ()
+        if len(given) != 2 or not all(isinstance(part, int) for part in given) or not 0 <= given[0] < given[1]:
+            raise InputError(f"shard is {self.shard!r}; give (i, n) with i from 0 to n-1, for example (0, 4)")
+        object.__setattr__(self, "shard", given)  # JSON has lists only
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {**asdict(self), "shard": list(self.shard) if self.shard else None}
+
+
+DEFAULT_SCANNING = ScanSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +89,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def scan(
-    root: Path,
-    *,
-    follow_links: bool = False,
-    all_files: bool = False,
-    hidden: bool = False,
-    shard: tuple[int, int] | None = None,
-    skip: Path | None = None,
-) -> ScanResult:
+def scan(root: Path, settings: ScanSettings = DEFAULT_SCANNING, *, skip: Path | None = None) -> ScanResult:
     """Walk a folder.
 
     Args:
         root: the folder.
-        follow_links: enter linked folders too, each real folder once. Linked files always count.
-        all_files: also files without an image suffix; those that are no images will be reported as skipped.
-        hidden: also names that start with a dot (thumbnail caches, macOS resource forks).
-        shard: (i, n) keeps the i-th of n parts, by a hash of the path.
+        settings: which files count.
         skip: a folder to leave out: the index that is being made. Finished indexes are left out in any case.
 
     Raises:
@@ -117,7 +107,8 @@ def scan(
     result = ScanResult()
     inside = skip is not None and root.resolve() in skip.resolve().parents
     skipped = os.fsencode(skip.resolve().relative_to(root.resolve()).as_posix()) + b"/" if skip and inside else None
-    for found in _walk(os.fsencode(root), b"", follow_links, all_files, hidden, result, set()):
+    shard = settings.shard
+    for found in _walk(os.fsencode(root), settings, result):
         if skipped is not None and found.path.startswith(skipped):
             continue
         if shard is None or int.from_bytes(hashlib.sha1(found.path).digest()[:8], "big") % shard[1] == shard[0]:
@@ -128,21 +119,14 @@ def scan(
     return result
 
 
-def _walk(
-    root: bytes,
-    below: bytes,
-    follow_links: bool,
-    all_files: bool,
-    hidden: bool,
-    result: ScanResult,
-    seen: set[tuple[int, int]],
-) -> Iterator[FoundFile]:
-    waiting = [below]
+def _walk(root: bytes, settings: ScanSettings, result: ScanResult) -> Iterator[FoundFile]:
+    waiting = [b""]
+    seen: set[tuple[int, int]] = set()
     while waiting:
         folder = waiting.pop()
         here = os.path.join(root, folder) if folder else root
         try:
-            if follow_links:
+            if settings.follow_links:
                 about = os.stat(here)
                 if (about.st_dev, about.st_ino) in seen:
                     continue
@@ -158,26 +142,21 @@ def _walk(
         ):
             continue  # an index of ours
         for entry in entries:
-            if entry.name.startswith(b".") and not hidden:
+            if entry.name.startswith(b".") and not settings.hidden:
                 continue
             path = folder + b"/" + entry.name if folder else entry.name
-            yield from _look(entry, path, follow_links, all_files, result, waiting)
+            yield from _look(entry, path, settings, result, waiting)
 
 
 def _look(
-    entry: os.DirEntry[bytes],
-    path: bytes,
-    follow_links: bool,
-    all_files: bool,
-    result: ScanResult,
-    waiting: list[bytes],
+    entry: os.DirEntry[bytes], path: bytes, settings: ScanSettings, result: ScanResult, waiting: list[bytes]
 ) -> Iterator[FoundFile]:
     try:
-        if entry.is_dir(follow_symlinks=False) or (follow_links and entry.is_dir()):
+        if entry.is_dir(follow_symlinks=False) or (settings.follow_links and entry.is_dir()):
             waiting.append(path)
             return
         suffix = os.path.splitext(entry.name)[1].decode("ascii", "replace").lower()
-        if not all_files and suffix not in IMAGE_SUFFIXES:
+        if not settings.all_files and suffix not in IMAGE_SUFFIXES:
             return
         if entry.is_symlink() and entry.is_dir():
             return

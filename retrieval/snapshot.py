@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
+from mmalign.checks import at_least, in_range
 from mmalign.errors import IndexDamagedError, InputError
+from mmalign.imaging import DecodeSettings
 
 from . import faiss_index
 from .calibration import Calibration
-from .draft import resolve_roots
 from .filters import kept_ids
 from .hits import Hit
 from .items import SCHEMA, Items, display_path, read_arrow
-from .planner import search_rows
+from .roots import names_of, resolve_roots
+from .row_search import search_rows
+from .skipped import read_skipped
 from .storage import Manifest, Store
 from .vectors import Vectors
 
@@ -90,8 +92,39 @@ class Snapshot:
 
     def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
         """Unit rows of the text queries that tune and calibrate the index; `None` where its encoder takes no text."""
-        name = self.manifest["queries"]
-        return np.load(self.store.folder / name, allow_pickle=False) if name else None
+        about = self.manifest["queries"]
+        return np.load(self.store.folder / about["file"], allow_pickle=False) if about else None
+
+    @property
+    def decode(self) -> DecodeSettings:
+        """How files became pixels; queries must be read in the same way."""
+        return DecodeSettings(**self.manifest["settings"]["decode"])
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Files that could not be read; see `retrieval.skipped`."""
+        return read_skipped(self.store.folder, self.manifest)
+
+    def search(
+        self,
+        vector: Float[np.ndarray, " dim"],
+        kind: str,
+        k: int,
+        *,
+        where: str | Sequence[str] | None = None,
+        min_match: float | None = None,
+        min_score: float | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """See `ImageIndex.search`; `kind` says what the vector stands for, "text" or "image"."""
+        at_least("k", k)
+        in_range("min_match", min_match, 0, 1)
+        in_range("min_score", min_score, -1, 1)
+        passing = self.passing(where) if where is not None else None
+        mask = self.rows_of(passing) if passing is not None else None
+        # Padding for results that cannot be is not worth the memory of a k typed with too many zeros.
+        depth = min(k, max(1, self.alive_count))
+        scores, rows = self.search_vectors(vector[None], depth, mask=mask, exact=exact)
+        return self._hits(scores[0], rows[0], kind, min_match=min_match, min_score=min_score, passing=passing)
 
     def search_vectors(
         self,
@@ -102,8 +135,7 @@ class Snapshot:
         exact: bool = False,
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """See `ImageIndex.search_vectors`."""
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least one result")
+        at_least("k", k)
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
@@ -132,7 +164,7 @@ class Snapshot:
         mask[self.items.numbers("row")[passing]] = True
         return mask
 
-    def hits(
+    def _hits(
         self,
         scores: Float[np.ndarray, " k"],
         rows: Int[np.ndarray, " k"],
@@ -147,7 +179,8 @@ class Snapshot:
         if known is None and min_match is not None:
             raise InputError(
                 f"this index has no match scores for {kind} queries yet: it has fewer than 8 images, its first build "
-                "was interrupted (run `mmalign index` again), or its encoder takes no text; leave out --min-match"
+                "was interrupted (run `mmalign index` again), or its encoder takes no text; leave out --min-match "
+                "(min_match=...)"
             )
         matches = [None] * len(scores) if known is None else known
         hits: list[Hit] = []
@@ -185,36 +218,34 @@ class Snapshot:
         if isinstance(image, Integral):
             found = np.flatnonzero(self.items.numbers("id") == image)
             return int(found[0]) if len(found) else None
-        whole = Path(os.path.abspath(os.fspath(image)))  # type: ignore[arg-type]
-        wanted = whole.parent.resolve() / whole.name  # a linked file is indexed under its own name
-        for number, root in [*enumerate(self.roots), (-1, None)]:
-            try:
-                below = wanted.relative_to(root.resolve()) if root is not None else whole
-            except ValueError:
-                continue
-            raw = os.fsencode(below.as_posix())
-            roots = self.items.numbers("root")
-            matching = pc.equal(self.items.table.column("path"), display_path(raw)).to_numpy()
+        roots, shown = self.items.numbers("root"), self.items.table.column("name")
+        for number, raw in names_of(os.fspath(image), self.roots):  # type: ignore[arg-type]
+            matching = pc.equal(shown, display_path(raw)).to_numpy()
             for position in np.flatnonzero(matching & (roots == number)):
-                if self.items.raw_path(int(position)) == raw:
+                if self.items.raw_name(int(position)) == raw:
                     return int(position)
         return None
 
-    def verify(self) -> list[str]:
-        """Check every file against its SHA-256 and what they say against each other; problems, or nothing."""
-        problems = list(self.store.check_contents(self.manifest))
+    def problems(self, *, progress: bool = False) -> list[tuple[str, str]]:
+        """Files that are not what was written, and how; if all are, those that contradict each other."""
+        checked = self.store.check_contents(self.manifest, progress=progress)
+        return [(name, problem) for name, problem in checked if problem] or list(self.inconsistencies())
+
+    def inconsistencies(self) -> Iterator[tuple[str, str]]:
+        """Yield the files that contradict each other or themselves, and how; that each is as written is not checked."""
         rows = self.items.numbers("row")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self.vectors)):
-            problems.append("the item table names vector rows that do not exist")
+            yield self.manifest["items"], "names vector rows that do not exist"
+        starts = self.vectors.starts
         for first, piece in self.vectors.chunks():
             norms = np.linalg.norm(piece, axis=1)
             bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
             if len(bad):
-                problems.append(f"{len(bad)} vectors are not of unit length (first: row {first + bad[0]})")
+                segment = int(np.searchsorted(starts, first, side="right")) - 1
+                name = self.manifest["segments"][segment]["file"]
+                yield name, f"has {len(bad)} vectors that are not of unit length (first: row {first + bad[0]})"
                 break
-        if not any("faiss-" in problem for problem in problems):
-            try:
-                _ = self.faiss
-            except IndexDamagedError as error:
-                problems.append(str(error))
-        return problems
+        try:
+            _ = self.faiss
+        except IndexDamagedError as error:
+            yield self.manifest["faiss"]["file"], f"does not fit: {error}"

@@ -4,6 +4,7 @@
       CURRENT                   name of the manifest in force
       manifest-000007.json      what belongs together: encoder, rows, FAISS settings, size and SHA-256 of every file
       vectors-000003-0.npy      float32 rows, unit norm: the truth; one or more segments
+      queries-000003-3.npy      float32 rows of reference text queries, for tuning and calibration
       items-000007-0.arrow      one line an image file: path, size, time, content hash, vector row
       metadata-000005-0.arrow   the user's own columns, by item id
       faiss-000005-0.index      a cache over the first rows, rebuilt from the vectors at will
@@ -26,21 +27,36 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 
-from mmalign.errors import IndexDamagedError, IndexLockedError, InputError, MMAlignError
+from mmalign.errors import IndexDamagedError, IndexLockedError, InputError, MMAlignError, reason_of
+from mmalign.files import sha256_of
+from mmalign.progress import progress_bar
+from mmalign.provenance import libraries, written_now
 
-__all__ = ["FORMAT_VERSION", "Manifest", "Store", "Writer"]
+from .faiss_module import FAISS_DISTRIBUTIONS
+
+__all__ = ["DEFAULT_FOLDER", "FORMAT_VERSION", "KINDS", "Manifest", "Store", "Writer", "find_index"]
 
 FORMAT_VERSION = 1
+DEFAULT_FOLDER = ".mmalign"
+# What an index is made of, and the suffix of each kind.
+KINDS = (
+    ("vectors", "npy"),
+    ("queries", "npy"),
+    ("items", "arrow"),
+    ("metadata", "arrow"),
+    ("faiss", "index"),
+    ("skipped", "jsonl"),
+)
 # Exactly our own file names: an index folder may be one in which somebody keeps other things.
 _OURS = re.compile(
-    r"(\.tmp-)?(manifest-(\d{6})\.json|(vectors|items|metadata|faiss|skipped)-(\d{6})-\d+\.(npy|arrow|index|jsonl))"
-    r"|(\.tmp-)?CURRENT|LOCK|writer\.json"
+    r"(?:\.tmp-)?(?:manifest-(?P<manifest>\d{6})\.json|(?:"
+    + "|".join(rf"{kind}-(?P<{kind}>\d{{6}})-\d+\.{suffix}" for kind, suffix in KINDS)
+    + r"))|(?:\.tmp-)?CURRENT|LOCK|writer\.json"
 )
 
 Manifest = dict[str, Any]
@@ -86,18 +102,25 @@ class Store:
         """Whether another generation is in force by now."""
         return bool(self.read_unchecked()["generation"] != manifest["generation"])
 
-    def check_contents(self, manifest: Manifest, names: Iterable[str] | None = None) -> Iterator[str]:
-        """Yield a line for every file, or every named one, whose size or SHA-256 is not what the manifest says."""
-        for name in manifest["files"] if names is None else names:
-            about = manifest["files"][name]
-            problem = self._check_size(name, about)
-            try:
-                if problem is None and _sha256(self.folder / name) != about["sha256"]:
-                    problem = f"{name} was altered (its SHA-256 is not the recorded one)"
-            except OSError as error:
-                problem = f"{name} cannot be read ({error.strerror})"
-            if problem:
-                yield problem
+    def check_contents(
+        self, manifest: Manifest, names: Iterable[str] | None = None, *, progress: bool = False
+    ) -> Iterator[tuple[str, str | None]]:
+        """Yield every file, or every named one, with what is wrong with its size or SHA-256, or `None`."""
+        wanted = {name: manifest["files"][name] for name in (manifest["files"] if names is None else names)}
+        megabytes = {name: max(1, about["size"] >> 20) for name, about in wanted.items()}
+        with progress_bar("checking", sum(megabytes.values()), unit="MiB", enabled=progress) as advance:
+            for name, about in wanted.items():
+                yield name, self._check_content(name, about)
+                advance(megabytes[name])
+
+    def _check_content(self, name: str, about: dict[str, Any]) -> str | None:
+        problem = self._check_size(name, about)
+        try:
+            if problem is None and sha256_of(self.folder / name) != about["sha256"]:
+                problem = "was altered (its SHA-256 is not the recorded one)"
+        except OSError as error:
+            problem = f"cannot be read ({reason_of(error)})"
+        return problem
 
     def _current(self) -> str:
         try:
@@ -145,18 +168,34 @@ class Store:
         for name, about in manifest["files"].items():
             problem = self._check_size(name, about)
             if problem:
-                yield problem
+                yield f"{name} {problem}"
 
     def _check_size(self, name: str, about: dict[str, Any]) -> str | None:
         try:
             size = (self.folder / name).stat().st_size
         except OSError:
-            return f"{name} is missing"
-        return None if size == about["size"] else f"{name} has {size} bytes instead of {about['size']}"
+            return "is missing"
+        return None if size == about["size"] else f"has {size} bytes instead of {about['size']}"
+
+    @contextlib.contextmanager
+    def create(self) -> Iterator[Writer]:
+        """As `write`, for a new index.
+
+        Raises:
+            InputError: there is one already.
+        """
+        self._refuse_existing()
+        with self.write() as writer:
+            self._refuse_existing()  # two first builds must not follow each other
+            yield writer
+
+    def _refuse_existing(self) -> None:
+        if self.exists():
+            raise InputError(f"{str(self.folder)!r} holds an index already; choose another folder, or update that one")
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Writer]:
-        """Hold the writer's lock.
+        """Hold the writer's lock; after an error, what belongs to no generation is cleared.
 
         Raises:
             IndexLockedError: another process holds it.
@@ -172,8 +211,7 @@ class Store:
             )
             if foreign is not None:
                 raise InputError(
-                    f"{str(self.folder)!r} is no index and holds other files ({foreign!r}); choose a new folder "
-                    "with --out"
+                    f"{str(self.folder)!r} is no index and holds other files ({foreign!r}); choose a new folder {_OUT}"
                 )
             lock = filelock.FileLock(self.folder / "LOCK", timeout=0)
             lock.acquire()
@@ -182,16 +220,21 @@ class Store:
                 f"index {str(self.folder)!r} is being written by {self._writer()}; wait for it to end"
             ) from None
         except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{str(self.folder)!r} is a file; choose a folder with --out") from None
+            raise InputError(f"{str(self.folder)!r} is a file; choose a folder {_OUT}") from None
         except OSError as error:
             raise InputError(
-                f"cannot write to {str(self.folder)!r} ({error.strerror}); choose another place with --out"
+                f"cannot write to {str(self.folder)!r} ({reason_of(error)}); choose another place {_OUT}"
             ) from None
         try:
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
             with full_disk_is_explained(self.folder):
                 (self.folder / "writer.json").write_text(json.dumps(about), encoding="utf-8")
-            yield Writer(self)
+            writer = Writer(self)
+            try:
+                yield writer
+            except BaseException:
+                writer.abandon()
+                raise
         finally:
             (self.folder / "writer.json").unlink(missing_ok=True)
             if not existed and not self.exists():
@@ -208,6 +251,7 @@ class Store:
             return "another process"
 
 
+_OUT = "with --out (out=...)"
 _REPAIR = "`mmalign verify INDEX` names every damaged file and the remedy"
 _OLDER = (
     "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise delete the index and make it again"
@@ -221,14 +265,18 @@ class Writer:
         self.store = store
         self.folder = store.folder
         self.written: dict[str, dict[str, Any]] = {}
+        self._intact: set[str] = set()
         kept = store.read_unchecked() if store.exists() else None
         self.generation = self._highest() + 1
         self._count = 0
         self._clear(kept)
 
-    def add(self, kind: str, suffix: str, fill: Callable[[IO[bytes]], object]) -> str:
-        """Write one file and return its name. `fill` gets a binary file; what it wrote is hashed and synced."""
-        name = f"{kind}-{self.generation:06d}-{self._count}{suffix}"
+    def add(self, kind: str, fill: Callable[[IO[bytes]], object]) -> str:
+        """Write one file of a kind (see `KINDS`) and return its name.
+
+        `fill` gets a binary file; what it wrote is hashed and synced.
+        """
+        name = f"{kind}-{self.generation:06d}-{self._count}.{dict(KINDS)[kind]}"
         self._count += 1
         temporary = self.folder / f".tmp-{name}"
         with full_disk_is_explained(self.folder):
@@ -237,8 +285,9 @@ class Writer:
                     fill(file)
                     file.flush()
                     os.fsync(file.fileno())
-                self.written[name] = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
+                self.written[name] = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
                 temporary.replace(self.folder / name)
+                self._intact.add(name)
             finally:
                 temporary.unlink(missing_ok=True)
         return name
@@ -251,8 +300,8 @@ class Writer:
             **manifest,
             "format": FORMAT_VERSION,
             "generation": self.generation,
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "libraries": {name: _version(name) for name in ("mmalign", "torch", "faiss-cpu", "numpy", "pillow")},
+            "written": written_now(),
+            "libraries": libraries("numpy", "pillow", *FAISS_DISTRIBUTIONS),
             "files": {name: known[name] for name in names},
         }
         name = f"manifest-{self.generation:06d}.json"
@@ -271,13 +320,22 @@ class Writer:
         Raises:
             IndexDamagedError: the SHA-256 of a file is not the recorded one.
         """
-        known = {**manifest.get("files", {}), **self.written}
-        for problem in self.store.check_contents({"files": known}, names):
-            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_REPAIR}")
+        for name, problem in self.damaged(manifest, names):
+            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} {problem}; {_REPAIR}")
+
+    def damaged(self, manifest: Manifest, names: Iterable[str], *, progress: bool = False) -> Iterator[tuple[str, str]]:
+        """Those of the files that are not what was written, and how; each file is hashed once in a writer's life."""
+        unknown = [name for name in names if name not in self._intact]
+        for name, problem in self.store.check_contents(manifest, unknown, progress=progress):
+            if problem:
+                yield name, problem
+            else:
+                self._intact.add(name)
 
     def abandon(self) -> None:
         """After a failure: clear what belongs to no generation, so that a first build that failed leaves nothing."""
-        self._clear(self.store.read_unchecked() if self.store.exists() else None)
+        with contextlib.suppress(OSError, MMAlignError):  # the failure itself is what is to be told
+            self._clear(self.store.read_unchecked() if self.store.exists() else None)
 
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.folder / f".tmp-{name}"
@@ -301,7 +359,8 @@ class Writer:
 
     def _highest(self) -> int:
         matches = (_OURS.fullmatch(path.name) for path in self.folder.iterdir())
-        return max((int(match[3] or match[5] or 0) for match in matches if match), default=0)
+        numbers = (number for match in matches if match for number in match.groups() if number)
+        return max(map(int, numbers), default=0)
 
     def _clear(self, *kept: Manifest | None) -> None:
         """Remove what neither the generation in force nor the one before needs: leftovers of writers that died."""
@@ -330,20 +389,20 @@ def full_disk_is_explained(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _seal(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except Exception:
-        return None
+def find_index(path: str | os.PathLike[str]) -> Path:
+    """The index folder for a path: itself, or `.mmalign` in it.
+
+    Raises:
+        InputError: neither is an index.
+    """
+    given = Path(path)
+    for candidate in (given, given / DEFAULT_FOLDER):
+        if Store(candidate).exists():
+            return candidate
+    if not given.exists():
+        raise InputError(f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`")
+    raise InputError(f"{str(given)!r} is not an index and holds none; make one with `mmalign index {given}`")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 
 from mmalign.errors import IndexDamagedError, InputError
 
-__all__ = ["Vectors", "checked_rows", "write_rows"]
+__all__ = ["Vectors", "as_rows", "checked_rows", "write_rows"]
 
 
 class Vectors:
@@ -86,6 +86,22 @@ def write_rows(file: IO[bytes], pieces: Iterable[np.ndarray], rows: int, dim: in
         written += len(piece)
     if written != rows:
         raise ValueError(f"{written} rows written, {rows} announced")
+
+
+def as_rows(vectors: Any) -> Any:
+    """What a user calls vectors, as something of shape [n, dim] that can be sliced; memory-mapped arrays stay so.
+
+    Raises:
+        InputError: it has no such shape.
+    """
+    if not hasattr(vectors, "shape"):
+        try:
+            vectors = np.asarray(vectors)
+        except ValueError:
+            raise InputError("vectors are rows of different lengths; give [n, dim]") from None
+    if len(vectors.shape) != 2:
+        raise InputError(f"vectors have shape {tuple(vectors.shape)}; give [n, dim]")
+    return vectors
 
 
 def checked_rows(vectors: np.ndarray, dim: int | None = None, *, first: int = 0) -> Float[np.ndarray, "n dim"]:

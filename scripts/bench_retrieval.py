@@ -53,8 +53,8 @@ def bench_indexing(arguments: argparse.Namespace) -> None:
     import torch
 
     from mmalign import load_encoder
-    from mmalign.encoders.stream import decode_ahead, default_workers
     from mmalign.imaging import read_file, read_image
+    from mmalign.prefetch import default_workers, prefetch
     from retrieval import ImageIndex
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,11 +70,11 @@ def bench_indexing(arguments: argparse.Namespace) -> None:
             f"ViT-B-32 {encoder.dtype}, {default_workers()} cores"
         )
 
-        def load(path: Path) -> tuple[None, torch.Tensor]:
-            return None, preprocessing(read_image(read_file(path)).pixels)
+        def load(path: Path) -> torch.Tensor:
+            return preprocessing(read_image(read_file(path)).pixels)
 
         def decode() -> None:
-            for _ in decode_ahead(files, load, ahead=96):
+            for _ in prefetch(files, load, ahead=96):
                 pass
 
         batch = torch.randn(32, 3, *preprocessing.size)
@@ -190,9 +190,9 @@ def write_world(path: Path, rows: int) -> np.ndarray:
 
 
 def bench_search(arguments: argparse.Namespace) -> None:
-    """Latency of one query at a time, ours with re-ranking over bare FAISS with the same settings."""
+    """Latency of one query at a time, ours with exact scoring over bare FAISS with the same settings."""
     from retrieval import ImageIndex
-    from retrieval.faiss_index import import_faiss
+    from retrieval.faiss_module import import_faiss
 
     faiss = import_faiss()
     print("    rows  FAISS type        build s  bare ms  ours ms  ratio  search() ms  R@10 text  R@10 image  bare text")
@@ -203,7 +203,7 @@ def bench_search(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             vectors = write_world(Path(temporary) / "vectors.npy", rows)
             start = time.perf_counter()
-            index = ImageIndex.from_vectors(Path(temporary) / "index", vectors, text_queries=tuning[:200])
+            index = ImageIndex.from_vectors(vectors, Path(temporary) / "index", text_queries=tuning[:200])
             built = time.perf_counter() - start
             index.search_vectors(text[:1], 10)
             bare_index = index.snapshot.faiss
@@ -242,7 +242,7 @@ def bench_memory(arguments: argparse.Namespace) -> None:
         before = peak_kilobytes()
         vectors = np.load(arguments.inside / "vectors.npy", mmap_mode="r")
         start = time.perf_counter()
-        index = ImageIndex.from_vectors(arguments.inside / "index", vectors)
+        index = ImageIndex.from_vectors(vectors, arguments.inside / "index")
         built = time.perf_counter() - start
         peak = peak_kilobytes()
         raw = vectors.nbytes / 1024

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from generation.training import DenoisingTrainer
     from generation.training.denoiser import Batch
-    from generation.training.trainer import Trainer
     from generation.training.training_set import EncodedSet
 
 # SDXL base 1.0's unet/config.json, and what it comes to.
@@ -93,7 +93,7 @@ def main() -> None:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[Trainer, EncodedSet]:
+def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[DenoisingTrainer, EncodedSet]:
     """A trainer, ready to step, and pairs that were checked and cached as in any run."""
     from photo_pairs import make_pairs
 
@@ -109,8 +109,8 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[Trainer, 
     config = load_config(kind.config_class, {
         "data": str(folder / "pairs"), "output": folder / "run", "model": arguments.model, "rank": arguments.rank,
         "resolution": 1024 if full else 64, "batch_size": arguments.batch_size, "accumulation": 1, "steps": 10**6,
-        "precision": "bfloat16" if full else "float32", "gradient_checkpointing": arguments.checkpointing,
-        "workers": arguments.workers, "device": str(arguments.device), "progress": False,
+        "dtype": "bfloat16" if full else "float32", "gradient_checkpointing": arguments.checkpointing,
+        "workers": arguments.workers, "device": str(arguments.device),
     })  # fmt: skip
     config.output.mkdir()
     pipeline = make_pipeline(full, arguments.device)
@@ -118,8 +118,10 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[Trainer, 
     trainer.accelerator = make_accelerator(config)
     latents: Any = RandomLatents() if full else LatentEncoder(pipeline.vae, arguments.device)
     prompts: Any = RandomPrompts() if full else PromptEncoder(pipeline, arguments.device)
-    checked = check(config, trainer.accelerator, config.data, kind.unit)
-    data = encode(config, trainer.accelerator, checked, kind.unit, Encoders(pipeline, "sdxl", latents, prompts))
+    report = folder / "left_out_rows.jsonl"
+    checked = check(config, trainer.accelerator, config.data, kind.unit, report=report, warn=print)
+    encoders = Encoders(pipeline, latents, prompts)
+    data = encode(config, trainer.accelerator, checked, kind.unit, encoders, seed=config.seed)
     trainer.attach(pipeline)
     return trainer, data
 
@@ -174,7 +176,7 @@ class RandomPrompts:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure(arguments: argparse.Namespace, trainer: Trainer, data: EncodedSet) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, trainer: DenoisingTrainer, data: EncodedSet) -> dict[str, Any]:
     """Median milliseconds of the three loops and of the clocked parts."""
     import torch
 
@@ -218,7 +220,7 @@ def measure(arguments: argparse.Namespace, trainer: Trainer, data: EncodedSet) -
     }
 
 
-def clocked_step(trainer: Trainer, batches: Iterator[list[Batch]], device: torch.device) -> dict[str, float]:
+def clocked_step(trainer: DenoisingTrainer, batches: Iterator[list[Batch]], device: torch.device) -> dict[str, float]:
     """One step of the trainer, split: what is in none of its parts is the shell.
 
     `forward` is the network alone (for Diffusion-DPO twice), `loss` what else the trainer's `loss` does (adding noise,
@@ -239,9 +241,9 @@ def clocked_step(trainer: Trainer, batches: Iterator[list[Batch]], device: torch
 
         return timed
 
-    inner = trainer.optimizer.optimizer  # torch's own, inside accelerate's
+    inner = trainer.learner.optimizer.optimizer  # torch's own, inside accelerate's
     wrapped = [
-        (trainer.network, "forward", "forward"),
+        (trainer.learner.network, "forward", "forward"),
         (trainer, "loss", "loss"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.accelerator, "clip_grad_norm_", "optimiser"),
@@ -265,16 +267,16 @@ def clocked_step(trainer: Trainer, batches: Iterator[list[Batch]], device: torch
     return spent
 
 
-def bare_loop(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+def bare_loop(trainer: DenoisingTrainer, batch: Batch) -> Callable[[], None]:
     """One whole optimiser step on a batch in memory, as one would write it by hand, with an optimiser of its own."""
     import torch
 
     from generation.objectives import diffusion_dpo_loss, mapo_loss
 
-    network, schedule, config = trainer.network, trainer.denoiser.schedule, trainer.config
+    network, schedule, config = trainer.learner.network, trainer.denoiser.schedule, trainer.config
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate)
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     conditioning = batch.conditioning
 
     def predict() -> torch.Tensor:
@@ -305,12 +307,12 @@ def bare_loop(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def count_flops(trainer: Trainer, data: EncodedSet) -> float:
+def count_flops(trainer: DenoisingTrainer, data: EncodedSet) -> float:
     """Teraflops of forward and backward for one pair; recomputing activations is not counted as useful work."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    batch = trainer.assemble(data, [0], [0]).to(trainer.accelerator.device)
-    network: Any = trainer.accelerator.unwrap_model(trainer.network)
+    batch = data.assemble([0], [0]).to(trainer.accelerator.device)
+    network: Any = trainer.accelerator.unwrap_model(trainer.learner.network)
     network.disable_gradient_checkpointing()
     with FlopCounterMode(display=False) as counter:
         trainer.loss(batch)[0].backward()
@@ -335,7 +337,7 @@ def synchronise(device: torch.device) -> None:
 # -- telling -----------------------------------------------------------------------------------------------------------
 
 
-def describe(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+def describe(arguments: argparse.Namespace, trainer: DenoisingTrainer) -> dict[str, Any]:
     """What ran on what."""
     import accelerate
     import diffusers
@@ -349,7 +351,7 @@ def describe(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     return {
         **{name: getattr(arguments, name) for name in ("model", "method", "rank", "checkpointing", "steps")},
         "pairs": arguments.batch_size,
-        "trained_parameters": sum(p.numel() for p in trainer.network.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in trainer.learner.network.parameters() if p.requires_grad),
         "device": name,
         "versions": {"python": platform.python_version()} | {k: m.__version__ for k, m in modules.items()},
     }

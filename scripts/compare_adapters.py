@@ -31,7 +31,7 @@ def main(run: Path) -> None:
         label: generate(
             prompts, model=pipeline, adapter=file, seed=0, height=settings["resolution"], width=settings["resolution"],
             steps=settings["validation_steps"], guidance_scale=settings["validation_guidance"], batch_size=1,
-            progress=settings["progress"],
+            progress=sys.stderr.isatty(),
         )
         for label, file in adapters.items()
     }  # fmt: skip

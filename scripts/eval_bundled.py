@@ -11,8 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from retrieval import ImageIndex
-from retrieval.evaluate import read_captions
+from retrieval import ImageIndex, read_captions
 
 PHOTOS = Path(__file__).resolve().parent.parent / "tests" / "data" / "photos"
 ABSENT = [

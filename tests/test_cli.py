@@ -261,7 +261,7 @@ def test_repair_rebuilds_faiss(run: Run, index_copy: Path) -> None:
 
 def test_repair_refuses_what_only_a_backup_can_restore(run: Run, index_copy: Path) -> None:
     next(index_copy.glob("items-*")).unlink()
-    complaint(run("verify", index_copy, "--repair"), "items-", "backup")
+    complaint(run("verify", index_copy, "--repair", "-q"), "items-", "backup")
 
 
 def test_wrong_shards(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -362,14 +362,14 @@ def test_nested_metadata_goes_into_json(run: Run, photos: Path, tmp_path: Path) 
     metadata = json.loads(run("search", tmp_path, "a dog", "--json").out)["metadata"]
     assert metadata["taken"]["at"].startswith("2024-01-01")
     assert metadata["tags"] == ["a", "b"]
-    assert run("index", "export", tmp_path, tmp_path / "out").code == 0
+    assert run("index", "export", tmp_path, "--out", tmp_path / "out").code == 0
 
 
 def test_interrupting_says_what_is_kept(photos: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, mmalign.cli, retrieval.build as build\n"
+        "import sys, mmalign.cli, retrieval.update as update\n"
         "def stop(*a, **k): raise KeyboardInterrupt\n"
-        "build.encode_stream = stop\n"
+        "update.encode_stream = stop\n"
         f"sys.argv = ['mmalign', 'index', {str(photos)!r}, '--out', {str(tmp_path / 'i')!r}, '-e', 'bundled', '-q']\n"
         "mmalign.cli.main()\n"
     )
@@ -377,3 +377,61 @@ def test_interrupting_says_what_is_kept(photos: Path, tmp_path: Path) -> None:
     assert done.returncode == cli.INTERRUPTED
     assert "stopped" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_record_of_an_update_and_of_a_check_as_json(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    done = run("index", tmp_path, "-e", "bundled", "-q", "--json")
+    report = json.loads(done.out)
+    assert done.code == cli.PARTIAL
+    assert (report["images"], report["added"], report["skipped"][0]["reason"]) == (1, 1, "not_an_image")
+    assert report["index"] == str(tmp_path / ".mmalign")
+    assert json.loads(run("verify", tmp_path, "--json", "-q").out) == {"repaired": [], "problems": []}
+    victim = next((tmp_path / ".mmalign").glob("faiss-*"))
+    victim.unlink()
+    found = run("verify", tmp_path, "--json", "-q")
+    (problem,) = json.loads(found.out)["problems"]
+    assert (found.code, problem["file"], problem["problem"]) == (1, victim.name, "is missing")
+    assert "--repair" in problem["remedy"]
+    mended = run("verify", tmp_path, "--repair", "--json", "-q")
+    assert (mended.code, json.loads(mended.out)["problems"]) == (0, [])
+
+
+def test_parts_come_first_and_the_new_index_after_out(run: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    for photo in sorted(photos.glob("*.jpg"))[:4]:
+        shutil.copy(photo, tmp_path / "pics")
+    for part in range(2):
+        run("index", tmp_path / "pics", "-o", tmp_path / f"part{part}", "-e", "bundled", "-q", "--shard", f"{part}/2")
+    done = run("index", "merge", tmp_path / "part0", tmp_path / "part1", "-o", tmp_path / "whole", "-q")
+    assert (done.code, done.err) == (0, f"4 images in {tmp_path / 'whole'}\n")
+    assert run("index", "merge", tmp_path / "part0").code == 2
+    assert run("index", "export", tmp_path / "whole", "-o", tmp_path / "npy", "-q").code == 0
+    taken = run("index", "import", tmp_path / "npy", "-o", tmp_path / "again", "-e", "bundled", "-q")
+    assert taken.code == 0
+    assert len(run("search", tmp_path / "again", "a dog", "-p").out.splitlines()) == 4
+
+
+def test_a_moved_encoder_and_a_lowest_cosine(run: Run, photo_index: Path, tmp_path: Path) -> None:
+    from mmalign import load_encoder
+
+    load_encoder("bundled").save(tmp_path / "mine")
+    plain = run("search", photo_index, "a cat", "-k", "5", "--json").out
+    assert run("search", photo_index, "a cat", "-k", "5", "--json", "-e", tmp_path / "mine").out == plain
+    level = json.loads(plain.splitlines()[2])["score"] - 1e-5
+    kept = run("search", photo_index, "a cat", "-k", "5", "-p", "--min-score", str(level))
+    assert len(kept.out.splitlines()) == 3
+    number = str(json.loads(plain.splitlines()[0])["id"])
+    assert run("similar", photo_index, number, "--min-score", "0.999", "-p").code == cli.NO_RESULT
+
+
+def test_an_index_type_of_ones_own(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    from retrieval import index_types, register_index_type
+
+    monkeypatch.setattr(index_types, "_REGISTERED", {})
+    register_index_type("own", lambda dim, rows: faiss.IndexHNSWFlat(dim, 8, faiss.METRIC_INNER_PRODUCT))
+    assert run("index", photos, "-o", tmp_path / "i", "-e", "bundled", "-q", "--factory", "own").code == 0
+    assert "own over 76 vectors" in run("info", tmp_path / "i").out

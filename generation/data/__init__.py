@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .checking import CheckedData, check_data
+    from .checking import CheckedData, CheckOptions, NothingUsableError, check_data
     from .rows import Example, ImageRef, Problem, Row
     from .sources import RowSource, open_source
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "checking": ["CheckedData", "check_data"],
+        "checking": ["CheckOptions", "CheckedData", "NothingUsableError", "check_data"],
         "rows": ["Example", "ImageRef", "Problem", "Row"],
         "sources": ["RowSource", "open_source"],
     },

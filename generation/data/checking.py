@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmalign.encoders.stream import decode_ahead, default_workers
+from mmalign.checks import at_least, in_range, one_of
 from mmalign.errors import InputError
+from mmalign.prefetch import default_workers, prefetch
 from mmalign.progress import progress_bar
 
+from ..rewards.reward import as_reward
 from .images import ImageTable, ImageVerdict
 from .memory import CheckMemory
-from .rows import Example, Problem, Row, fingerprint_examples, preferred_image
+from .rows import (
+    IMAGES,
+    MAX_PIXELS,
+    MIN_SIDE,
+    Example,
+    Kind,
+    Problem,
+    Row,
+    fingerprint_examples,
+    preferred_image,
+)
 from .sources import RowSource, open_source
 
 if TYPE_CHECKING:
     from ..rewards.reward import AnyReward
 
-__all__ = ["CheckedData", "check_data"]
+__all__ = ["CheckOptions", "CheckedData", "NothingUsableError", "check_data"]
 
-Kind = Literal["pairs", "images"]
-
+_LOOKED_AT = 100  # rows, where each decides for itself
 _LONG_CAPTION = 60
 _UNEQUAL_ASPECT = 1.05
 
+_OTHER_KIND = {"pairs": "not_a_pair", "images": "not_one_image"}  # why a row of the other kind cannot be used
 _CONVERSIONS = {
     "exif_orientation": "turned upright as its EXIF data ask",
     "bad_exif": "EXIF data unreadable, taken as upright",
@@ -45,6 +58,18 @@ _CONVERSIONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """What rows were checked for; see `check_data`. `reward` is its fingerprint, if it was given and has one."""
+
+    kind: Kind
+    max_pixels: int
+    min_side: int
+    min_score: float | None
+    min_margin: float | None
+    reward: str | None
+
+
 @dataclass
 class CheckedData:
     """Rows that can be trained on, what was wrong with the others, and what is worth knowing.
@@ -54,12 +79,14 @@ class CheckedData:
         examples: usable rows, in order.
         problems: in order of rows; fatal ones say why a row was left out, the others are notes.
         fingerprint: SHA-256 over captions, image hashes, winners and rewards in order; not over names or places.
+        options: what the rows were checked for.
     """
 
     source: RowSource
     examples: list[Example]
     problems: list[Problem] = field(repr=False)
     fingerprint: str
+    options: CheckOptions
 
     @property
     def left_out(self) -> int:
@@ -71,128 +98,159 @@ class CheckedData:
         found = {(problem.reason, problem.row) for problem in self.problems if problem.fatal == fatal}
         return dict(Counter(reason for reason, _ in sorted(found)).most_common())
 
+    def to_dict(self) -> dict[str, Any]:
+        """A summary for JSON: counts of rows, captions, images and winners' sizes, reasons, and what was checked."""
+        winners = Counter(example.images[example.winner] for example in self.examples)
+        sizes: Counter[str] = Counter()
+        for image, count in winners.items():
+            sizes[f"{image.width}x{image.height}"] += count
+        return {
+            "source": self.source.name,
+            **asdict(self.options),
+            "rows": len(self.source),
+            "usable": len(self.examples),
+            "left_out": self.left_out,
+            "captions": len({example.caption for example in self.examples}),
+            "images": len({image.sha256 for example in self.examples for image in example.images}),
+            "sizes": dict(sizes.most_common()),
+            "reasons": self.reasons(fatal=True),
+            "notes": self.reasons(fatal=False),
+            "fingerprint": self.fingerprint,
+        }
+
+
+class NothingUsableError(InputError):
+    """No row can be used; `checked` says why."""
+
+    def __init__(self, message: str, checked: CheckedData) -> None:
+        super().__init__(message)
+        self.checked = checked
+
 
 def check_data(
-    data: str | Path | RowSource,
+    data: str | os.PathLike[str] | RowSource,
     *,
     split: str | None = None,
-    kind: Kind = "pairs",
-    max_pixels: int = 50_000_000,
-    min_side: int = 64,
-    workers: int | None = None,
-    progress: bool = True,
-    memory: str | Path | None = None,
+    kind: Literal["auto"] | Kind = "auto",
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
     reward: AnyReward | None = None,
     min_score: float | None = None,
     min_margin: float | None = None,
-    allow_empty: bool = False,
+    memory: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> CheckedData:
     """Read every row and decode every image in full; list by name what cannot be used.
 
     Fatal reasons are those of `mmalign.imaging.REASONS` and: "too_small", "empty_caption" (none, not text, or blanks),
     "tie" (not decoded), "bad_label" (not 0, 0.5 or 1), "bad_reward" (not a finite number), "missing_column",
-    "bad_json", "no_partner" and "ambiguous" (twin folders), "same_image" (winner and loser have equal bytes),
-    "duplicate" (caption, winner and loser of an earlier row), "contradiction" (an earlier row has the opposite winner;
-    the later is left out) and "low_score". Notes are "converted" (what reading an image as RGB changed),
-    "different_size" (aspect ratios more than 5 % apart: image 1 will be resized to the size of image 0) and
-    "long_caption" (more than 60 words; text encoders cut at 77 tokens).
+    "not_a_pair" and "not_one_image" (a row of the other kind), "bad_json", "no_partner" and "ambiguous" (twin folders),
+    "same_image" (winner and loser have equal bytes), "duplicate" (caption, winner and loser of an earlier row),
+    "contradiction" (an earlier row has the opposite winner; the later is left out) and "low_score". Notes are
+    "converted" (what reading an image as RGB changed), "different_size" (aspect ratios more than 5 % apart: image 1
+    will be resized to the size of image 0) and "long_caption" (more than 60 words; text encoders cut at 77 tokens).
 
     Args:
         data: see `open_source`.
         split: see `open_source`.
-        kind: "pairs" of a preferred and another image, or single captioned "images".
+        kind: "pairs" of a preferred and another image, single captioned "images", or "auto": what the source holds,
+            and where each row decides for itself, pairs if there is one among the first hundred rows.
         max_pixels: an image of more is "too_large", which its header tells: it is not decoded.
         min_side: in pixels; an image with a shorter side is "too_small".
-        workers: decoding threads; one a core by default.
-        progress: show a bar.
-        memory: a folder that keeps the result, so that the same data under the same options are not decoded again.
         reward: scores images with their captions, for `min_score` and `min_margin`: a `generation.rewards.Reward`, or
             any callable with the arguments of its `score`.
         min_score: leave out rows whose winner scores less.
         min_margin: leave out pairs whose winner scores less than this above the loser.
-        allow_empty: return an empty result where no row can be used, instead of raising.
+        memory: a folder that keeps the result, so that the same data under the same options are not decoded again.
+        workers: decoding threads; one a core by default.
+        progress: show a bar.
 
     Raises:
-        InputError: an option is out of range, the source cannot be opened or is of another kind, or nothing is left.
+        InputError: an option is out of range, the source cannot be opened or is of another kind.
+        NothingUsableError: no row can be used; the result is in its `checked`.
     """
-    _check_options(kind, max_pixels, min_side, workers, reward, min_score, min_margin)
+    one_of("kind", kind, ("auto", *IMAGES))
+    for name, value in (("max_pixels", max_pixels), ("min_side", min_side), ("workers", workers)):
+        at_least(name, value)
     source = open_source(data, split=split)
-    width = 2 if kind == "pairs" else 1
-    if source.images_per_row not in (None, width):
-        has = "pairs" if source.images_per_row == 2 else "images"
-        raise InputError(f"{source.name!r} holds {has}, not {kind}; use kind {has!r} (--kind {has}) or other data")
+    found = _kind_of(source) if kind == "auto" else kind
+    if source.kind not in (None, found):
+        raise InputError(_other_kind(source, found))
+    _check_thresholds(found, reward, min_score, min_margin)
+    scorer = None if reward is None else as_reward(reward)
+    asked = CheckOptions(found, max_pixels, min_side, min_score, min_margin, scorer.fingerprint if scorer else None)
 
-    options = {"kind": kind, "max_pixels": max_pixels, "min_side": min_side}
+    options = {"kind": found, "max_pixels": max_pixels, "min_side": min_side}
     store = CheckMemory(Path(memory), source, options) if memory is not None else None
     known = store.load() if store else None
     if known is None:
         table = ImageTable(max_pixels=max_pixels, min_side=min_side)
-        known = _check_rows(source, width, table, workers, progress)
+        known = _check_rows(source, found, table, workers, progress)
         if store:
             store.save(*known)
     examples, problems = known
-    if reward is not None:
+    if scorer is not None:
         from .filtering import filter_examples
 
         examples, low = filter_examples(
             source,
             examples,
-            reward,
+            scorer,
             min_score=min_score,
             min_margin=min_margin,
+            max_pixels=max_pixels,
+            memory=store,
             workers=workers,
             progress=progress,
-            memory=store,
         )
         problems = problems + low
     examples, repeats = _leave_out_repeats(examples)
     problems = sorted(problems + repeats, key=lambda problem: (problem.row, not problem.fatal))
-    checked = CheckedData(source, examples, problems, fingerprint_examples(examples))
-    if not examples and not allow_empty:
-        raise InputError(_nothing_left(checked))
+    checked = CheckedData(source, examples, problems, fingerprint_examples(examples), asked)
+    if not examples:
+        raise NothingUsableError(_nothing_usable(checked), checked)
     return checked
 
 
-def _check_options(
-    kind: str,
-    max_pixels: int,
-    min_side: int,
-    workers: int | None,
-    reward: AnyReward | None,
-    min_score: float | None,
-    min_margin: float | None,
-) -> None:
-    if kind not in ("pairs", "images"):
-        raise InputError(f"kind is {kind!r}; give 'pairs' or 'images'")
-    for name, value in (("max_pixels", max_pixels), ("min_side", min_side), ("workers", workers)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
-    for name, bound in (("min_score", min_score), ("min_margin", min_margin)):
-        if bound is not None and not math.isfinite(bound):
-            raise InputError(f"{name} is {bound}; give a finite number")
+def _check_thresholds(kind: Kind, reward: AnyReward | None, min_score: float | None, min_margin: float | None) -> None:
+    in_range("min_score", min_score)
+    in_range("min_margin", min_margin)
     if reward is None and (min_score is not None or min_margin is not None):
-        raise InputError("min_score and min_margin need a reward (--filter-encoder on the command line)")
+        raise InputError("min_score and min_margin need a reward (--filter-encoder on the command line); give one")
     if reward is not None and min_score is None and min_margin is None:
         raise InputError("a reward alone leaves nothing out; give min_score or min_margin with it")
-    if min_margin is not None and kind == "images":
+    if kind == "images" and min_margin is not None:
         raise InputError("min_margin compares the images of a pair; use min_score for single images")
 
 
+def _kind_of(source: RowSource) -> Kind:
+    if source.kind is not None:
+        return source.kind
+    counts = {len(row.images) for row in islice(source.rows(), _LOOKED_AT)}
+    return "images" if counts - {0} == {IMAGES["images"]} else "pairs"
+
+
+def _other_kind(source: RowSource, wanted: Kind) -> str:
+    other = "images" if wanted == "pairs" else "pairs"
+    return f"{source.name!r} holds {other}, not {wanted}; use kind {other!r} (--kind {other}) or other data"
+
+
 def _check_rows(
-    source: RowSource, width: int, table: ImageTable, workers: int | None, progress: bool
+    source: RowSource, kind: Kind, table: ImageTable, workers: int | None, progress: bool
 ) -> tuple[list[Example], list[Problem]]:
     examples: list[Example] = []
     problems: list[Problem] = []
     bad = 0
 
-    def load(row: Row) -> tuple[tuple[Example | None, list[Problem]], None]:
-        return _check_row(row, width, table), None
+    def load(row: Row) -> tuple[Example | None, list[Problem]]:
+        return _check_row(row, kind, table)
 
     with progress_bar("checking", len(source), unit="rows", enabled=progress, bad=0) as advance:
         ahead = 4 * (workers or default_workers())
-        for _, loaded in decode_ahead(source.rows(), load, ahead=ahead, workers=workers):
+        for _, loaded in prefetch(source.rows(), load, ahead=ahead, workers=workers):
             assert isinstance(loaded, tuple)  # the table gives verdicts, and raises nothing
-            example, found = loaded[0]
+            example, found = loaded
             problems += found
             if example is None:
                 bad += 1
@@ -202,14 +260,14 @@ def _check_rows(
     return examples, problems
 
 
-def _check_row(row: Row, width: int, table: ImageTable) -> tuple[Example | None, list[Problem]]:
+def _check_row(row: Row, kind: Kind, table: ImageTable) -> tuple[Example | None, list[Problem]]:
     """The example that a row makes, if nothing is fatally wrong with it, and all that was found."""
     if row.problem:
         return None, [row.problem]
-    if len(row.images) != width:
-        found, wanted = ("a pair", "one image") if width == 1 else ("one image", "a pair")
-        return None, [Problem(row.index, row.name, "missing_column", f"is {found}, where {wanted} is wanted", True)]
-    flaws = list(_check_values(row, width))
+    if len(row.images) != IMAGES[kind]:
+        message = "is one image, where a pair is wanted" if kind == "pairs" else "is a pair, where one image is wanted"
+        return None, [Problem(row.index, row.name, _OTHER_KIND[kind], message, fatal=True)]
+    flaws = list(_check_values(row, kind))
     images: list[ImageVerdict] = []
     if not any(reason == "tie" for reason, _ in flaws):
         images = [table.look(image) for image in row.images]
@@ -229,7 +287,7 @@ def _check_row(row: Row, width: int, table: ImageTable) -> tuple[Example | None,
     return example, notes
 
 
-def _check_values(row: Row, width: int) -> Iterator[tuple[str, str]]:
+def _check_values(row: Row, kind: Kind) -> Iterator[tuple[str, str]]:
     caption, label = row.caption, row.label
     if not isinstance(caption, str):
         found = "missing" if caption is None else f"{str(caption)[:60]!r}, which is no text"
@@ -238,7 +296,7 @@ def _check_values(row: Row, width: int) -> Iterator[tuple[str, str]]:
         yield "empty_caption", "the caption is blank"
     elif not _is_encodable(caption):
         yield "empty_caption", "the caption has half a surrogate pair, which is no text"
-    if width == 2:
+    if kind == "pairs":
         if label == 0.5:
             yield "tie", "label_0 is 0.5: neither image is preferred"
         elif not isinstance(label, int | float) or label not in (0, 1):
@@ -303,15 +361,17 @@ def _leave_out_repeats(examples: list[Example]) -> tuple[list[Example], list[Pro
     return kept, problems
 
 
-def _nothing_left(checked: CheckedData) -> str:
-    rows = len(checked.source)
-    if not rows:
-        return f"{checked.source.name!r} holds no rows; give other data"
-    commonest = ", ".join(f"{count:,} {reason}" for reason, count in list(checked.reasons(fatal=True).items())[:4])
+def _nothing_usable(checked: CheckedData) -> str:
+    source, reasons = checked.source, checked.reasons(fatal=True)
+    if not len(source):
+        return f"{source.name!r} holds no rows; give other data"
+    if set(reasons) == {_OTHER_KIND[checked.options.kind]}:
+        return _other_kind(source, checked.options.kind)
+    commonest = ", ".join(f"{count:,} {reason}" for reason, count in list(reasons.items())[:4])
     first = next(problem for problem in checked.problems if problem.fatal)
     return (
-        f"none of the {rows:,} rows of {checked.source.name!r} can be used: {commonest} "
-        f"(first: {first.name}: {first.message}); `mmalign data check` lists them"
+        f"no row of {source.name!r} can be used: {commonest} (first: {first.name}: {first.message}); "
+        "mend them (`mmalign data check` lists all), or give other data"
     )
 
 

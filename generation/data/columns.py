@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmalign.errors import InputError
 
-from .rows import Row
+from .rows import IMAGES, Kind, Row
 
 __all__ = ["Columns", "find_columns", "form_rows"]
 
@@ -27,6 +27,11 @@ class Columns:
     caption: str
     label: str | None
     rewards: tuple[str, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What a row is."""
+        return "pairs" if len(self.images) == IMAGES["pairs"] else "images"
 
     @property
     def names(self) -> list[str]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtyping import UInt8
 from torch import Tensor
 
-from mmalign.encoders.stream import decode_ahead, default_workers
 from mmalign.errors import UnreadableImageError
-from mmalign.imaging import read_image
+from mmalign.prefetch import default_workers, prefetch
 from mmalign.progress import progress_bar
 
-from ..rewards.reward import AnyReward, Reward, as_reward
-from .rows import Example, Problem, fingerprint_examples
+from ..rewards.reward import Reward
+from .images import read_row_image
+from .rows import MAX_PIXELS, Example, Problem, fingerprint_examples
 from .sources import RowSource
 
 if TYPE_CHECKING:
@@ -31,17 +29,19 @@ _BATCH_PIXELS = 64_000_000
 def filter_examples(
     source: RowSource,
     examples: Sequence[Example],
-    reward: AnyReward,
+    reward: Reward,
     *,
     min_score: float | None = None,
     min_margin: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+    memory: CheckMemory | None = None,
     workers: int | None = None,
     progress: bool = False,
-    memory: CheckMemory | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Examples whose winner scores at least `min_score`, and at least `min_margin` above the loser; and the others.
 
-    The loser is only scored where `min_margin` is given. NaN reaches no threshold.
+    A row whose images are no longer those that were checked is left out. The loser is only scored where `min_margin`
+    is given. NaN reaches no threshold.
 
     Args:
         source: where the images are read again.
@@ -49,15 +49,15 @@ def filter_examples(
         reward: called without gradients.
         min_score: in the units of `reward`.
         min_margin: in the units of `reward`.
+        max_pixels: as the rows were checked with.
+        memory: keeps the scores if `reward` has a `fingerprint`.
         workers: decoding threads.
         progress: show a bar.
-        memory: keeps the scores if `reward` has a `fingerprint`.
 
     Raises:
         InputError: `reward` returns another number of scores than it was given images.
     """
     margins = min_margin is not None
-    reward = as_reward(reward)
     known = reward.fingerprint
     key = hashlib.sha256(f"{known} {margins} {fingerprint_examples(examples)}".encode()).hexdigest()
     kept = memory.load_scores(key) if memory and known else None
@@ -67,7 +67,7 @@ def filter_examples(
     else:
         with progress_bar("scoring", len(examples), unit="rows", enabled=progress) as advance:
             scores = []
-            for batch in _score_batches(source, examples, reward, margins, workers):
+            for batch in _score_batches(source, examples, reward, margins, max_pixels, workers):
                 scores += batch
                 advance(len(batch))
         if memory and known:
@@ -100,19 +100,26 @@ def _flaw(
 
 
 def _score_batches(
-    source: RowSource, examples: Sequence[Example], reward: Reward, margins: bool, workers: int | None
+    source: RowSource,
+    examples: Sequence[Example],
+    reward: Reward,
+    margins: bool,
+    max_pixels: int,
+    workers: int | None,
 ) -> Iterator[list[tuple[float, ...] | UnreadableImageError]]:
     """Scores of consecutive examples, the winner's first, in batches bounded by images and by pixels."""
 
-    def load(example: Example) -> tuple[list[UInt8[Tensor, "3 height width"]], None]:
+    def load(example: Example) -> list[Tensor]:
         images = source.row(example.row).images
         places = [example.winner, 1 - example.winner] if margins else [example.winner]
-        return [_read(images[place]) for place in places], None
+        return [
+            read_row_image(images[i], name=example.name, sha256=example.images[i].sha256, max_pixels=max_pixels)
+            for i in places
+        ]
 
     waiting: list[tuple[Example, list[Tensor] | UnreadableImageError]] = []
     images = pixels = 0
-    for example, loaded in decode_ahead(examples, load, ahead=4 * (workers or default_workers()), workers=workers):
-        found = loaded if isinstance(loaded, UnreadableImageError) else loaded[0]
+    for example, found in prefetch(examples, load, ahead=4 * (workers or default_workers()), workers=workers):
         waiting.append((example, found))
         if isinstance(found, list):
             images += len(found)
@@ -122,12 +129,6 @@ def _score_batches(
             waiting, images, pixels = [], 0, 0
     if waiting:
         yield _score(waiting, reward)
-
-
-def _read(image: bytes | Path | None) -> UInt8[Tensor, "3 height width"]:
-    if image is None:
-        raise UnreadableImageError("missing", "an image is gone since it was checked")
-    return read_image(image).pixels
 
 
 def _score(

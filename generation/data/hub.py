@@ -29,7 +29,7 @@ class HubSource(RowSource):
         self._short_name = f"{Path(name).name} {split}" if Path(name).exists() else self.name
         dataset = _load(name, split)
         self._columns = find_columns(dataset.features.arrow_schema, repr(name))
-        self.images_per_row = len(self._columns.images)
+        self.kind = self._columns.kind
         self._dataset = dataset.select_columns(self._columns.names).with_format("arrow")
 
     def __len__(self) -> int:

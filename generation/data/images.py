@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import UInt8
+from torch import Tensor
+
 from mmalign.errors import UnreadableImageError
 from mmalign.imaging import FileContent, read_file, read_image
 
-from .rows import ImageRef
+from .rows import MAX_PIXELS, MIN_SIDE, ImageRef
 
-__all__ = ["ImageTable", "ImageVerdict"]
+__all__ = ["ImageTable", "ImageVerdict", "read_row_image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,30 @@ class ImageVerdict:
     detail: str = ""
 
 
+def read_row_image(
+    image: bytes | Path | None, *, name: str, sha256: str, max_pixels: int | None = None
+) -> UInt8[Tensor, "3 height width"]:
+    """Decode an image of a checked row again.
+
+    Args:
+        image: of `RowSource.row(...).images`.
+        name: of the row, for messages.
+        sha256: of the image's bytes when it was checked.
+        max_pixels: see `mmalign.imaging.read_image`.
+
+    Raises:
+        UnreadableImageError: it cannot be read, or is another one by now (reason "changed").
+    """
+    if image is None:
+        raise UnreadableImageError("missing", f"an image of {name} is gone since it was checked; check the data again")
+    content = read_file(image) if isinstance(image, Path) else _content(image, name)
+    if content.sha256 != sha256:
+        raise UnreadableImageError(
+            "changed", f"an image of {name} has changed since it was checked; check the data again"
+        )
+    return read_image(content, max_pixels=max_pixels).pixels
+
+
 class ImageTable:
     """Verdicts by content, and for files by path, size and modification time. Safe to use from many threads.
 
@@ -35,7 +62,7 @@ class ImageTable:
         min_side: images with a shorter side, in pixels, are "too_small".
     """
 
-    def __init__(self, *, max_pixels: int, min_side: int) -> None:
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> None:
         self._max_pixels, self._min_side = max_pixels, min_side
         self._lock = threading.Lock()
         self._known: dict[object, ImageVerdict | Future[ImageVerdict]] = {}
@@ -51,7 +78,7 @@ class ImageTable:
                 return self._look_into(source)
             key = (str(source), status.st_size, status.st_mtime_ns)
             return self._once(key, lambda: self._look_into(source))
-        content = FileContent(source, len(source), 0, hashlib.sha256(source).hexdigest(), _NAME)
+        content = _content(source, _NAME)
         return self._once(content.sha256, lambda: self._decode(content))
 
     def _look_into(self, path: Path) -> ImageVerdict:
@@ -90,6 +117,10 @@ class ImageTable:
             detail = f"is {image.width}x{image.height} pixels, its short side below {self._min_side}"
             return ImageVerdict(image, decoded.flags, "too_small", detail)
         return ImageVerdict(image, decoded.flags)
+
+
+def _content(data: bytes, name: str) -> FileContent:
+    return FileContent(data, len(data), 0, hashlib.sha256(data).hexdigest(), name)
 
 
 # One image may lie in many rows: its name is put before the verdict where it is reported.

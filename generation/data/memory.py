@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mmalign
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
+from mmalign.files import whole_file
 
 from .rows import Example, ImageRef, Problem
 from .sources import RowSource
 
 __all__ = ["CheckMemory", "write_json_lines"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckMemory:
@@ -34,7 +33,7 @@ class CheckMemory:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"folder {str(folder)!r} cannot be made: {error.strerror}; give another one") from None
+            raise InputError(f"folder {str(folder)!r} cannot be made ({reason_of(error)}); give another one") from None
         self._name = f"check-{self._key()}"
 
     def load(self) -> tuple[list[Example], list[Problem]] | None:
@@ -101,14 +100,5 @@ def write_json_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for entry in entries:
-                file.write(json.dumps(entry) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written: {error.strerror}; give another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)

@@ -71,8 +71,8 @@ class ParquetSource(RowSource):
         usable = [file.columns for file in self._files if file.columns]
         if not usable:
             raise InputError(self._files[0].wrong)
-        widths = {len(columns.images) for columns in usable}
-        self.images_per_row = widths.pop() if len(widths) == 1 else None
+        kinds = {columns.kind for columns in usable}
+        self.kind = kinds.pop() if len(kinds) == 1 else None
         self._starts = [0, *accumulate(file.rows for file in self._files)]
         self._lock = threading.Lock()
         self._cursor: _Cursor | None = None

@@ -7,8 +7,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-__all__ = ["Example", "ImageRef", "Problem", "Row", "fingerprint_examples", "unformed"]
+__all__ = [
+    "IMAGES",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "Example",
+    "ImageRef",
+    "Kind",
+    "Problem",
+    "Row",
+    "fingerprint_examples",
+    "preferred_image",
+    "unformed",
+]
+
+# What is not trained on unless asked for: images of more pixels, or with a shorter side.
+MAX_PIXELS, MIN_SIDE = 50_000_000, 64
+
+Kind: TypeAlias = Literal["pairs", "images"]
+IMAGES: dict[Kind, int] = {"pairs": 2, "images": 1}  # in a row
 
 
 @dataclass(frozen=True, slots=True)

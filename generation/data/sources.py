@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmalign.errors import InputError
 
-from .rows import Row
+from .rows import IMAGES, Kind, Row
 
 __all__ = ["RowSource", "digest_files", "open_source", "walk"]
 
@@ -27,11 +27,16 @@ class RowSource(ABC):
 
     Attributes:
         name: what a person calls it.
-        images_per_row: 2 for pairs, 1 for captioned images, `None` where each row decides for itself.
+        kind: "pairs", or captioned "images"; `None` where each row decides for itself.
     """
 
     name: str
-    images_per_row: int | None = None
+    kind: Kind | None = None
+
+    @property
+    def images_per_row(self) -> int | None:
+        """2 for pairs, 1 for captioned images, `None` where each row decides for itself."""
+        return IMAGES[self.kind] if self.kind else None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -50,7 +55,7 @@ class RowSource(ABC):
         """A hexadecimal digest of file names, sizes and modification times: another one if the source has changed."""
 
 
-def open_source(data: str | Path | RowSource, *, split: str | None = None) -> RowSource:
+def open_source(data: str | os.PathLike[str] | RowSource, *, split: str | None = None) -> RowSource:
     """Find the reader for training data; only names, sizes and headers are read yet.
 
     Args:

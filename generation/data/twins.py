@@ -23,7 +23,7 @@ class TwinSource(RowSource):
     else that of the line `{"file": "NAME", "caption": ...}` (or with a suffix) in `captions.jsonl`.
     """
 
-    images_per_row = 2
+    kind = "pairs"
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, str(folder)

@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Float
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ..objectives import diffusion_dpo_loss
-from ..training.configuration import STRICT, TrainingConfig, setting
+from ..training.configuration import TrainingConfig, setting, settings
 from ..training.denoiser import Batch
-from ..training.trainer import Trainer
+from ..training.denoising import DenoisingTrainer
 
 __all__ = ["DiffusionDPOConfig", "DiffusionDPOTrainer"]
 
 
-@dataclass(config=STRICT, kw_only=True)
+@settings
 class DiffusionDPOConfig(TrainingConfig):
     """Settings of `DiffusionDPOTrainer`. The paper's batch is 2,048 pairs: raise `accumulation` as far as you can."""
 
     method: ClassVar[str] = "diffusion-dpo"
+    summary: ClassVar[str] = "Diffusion-DPO: preference pairs against a frozen reference (arXiv 2311.12908)."
 
     beta: float = setting(5000.0, "Strength of the pull to the reference.", gt=0)
 
 
-class DiffusionDPOTrainer(Trainer):
+class DiffusionDPOTrainer(DenoisingTrainer):
     """Two forward passes over each pair, one of them by the reference: for a LoRA the same network, adapters off."""
 
     config_class = DiffusionDPOConfig

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Float
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ..objectives import mapo_loss, min_snr_weights
-from ..training.configuration import STRICT, TrainingConfig, setting
+from ..objectives import mapo_loss
+from ..training.configuration import TrainingConfig, setting, settings
 from ..training.denoiser import Batch
-from ..training.trainer import Trainer
+from ..training.denoising import DenoisingTrainer
 
 __all__ = ["MaPOConfig", "MaPOTrainer"]
 
 
-@dataclass(config=STRICT, kw_only=True)
+@settings
 class MaPOConfig(TrainingConfig):
     """Settings of `MaPOTrainer`; the defaults are the authors' published recipe with LoRA rank 64."""
 
     method: ClassVar[str] = "mapo"
+    summary: ClassVar[str] = "MaPO: preference pairs, no reference model (arXiv 2406.06424)."
 
     beta: float = setting(0.1, "Weight of the margin term against the winners' denoising.", ge=0)
     snr_value: float = setting(0.5, "Scale s of the errors inside the score, one constant.", gt=0)
@@ -29,7 +29,7 @@ class MaPOConfig(TrainingConfig):
     )
 
 
-class MaPOTrainer(Trainer):
+class MaPOTrainer(DenoisingTrainer):
     """Raises the margin between winners and losers while denoising winners; one forward pass over both."""
 
     config_class = MaPOConfig
@@ -39,9 +39,7 @@ class MaPOTrainer(Trainer):
         """`mapo_loss`; values of each pair."""
         weights = None
         if self.config.min_snr_gamma is not None:
-            snr = self.denoiser.snr(batch.timesteps.chunk(2)[0])
-            velocity = self.denoiser.prediction_type == "v_prediction"
-            weights = min_snr_weights(snr, self.config.min_snr_gamma, v_prediction=velocity)
+            weights = self.denoiser.min_snr_weights(batch.timesteps.chunk(2)[0], self.config.min_snr_gamma)
         terms = mapo_loss(
             self.denoiser.predict(batch),
             self.denoiser.target(batch),

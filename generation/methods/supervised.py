@@ -5,29 +5,29 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxtyping import Float
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ..objectives import denoising_errors, min_snr_weights
-from ..training.configuration import STRICT, TrainingConfig, setting
+from ..objectives import denoising_errors
+from ..training.configuration import TrainingConfig, setting, settings
 from ..training.denoiser import Batch
-from ..training.trainer import Trainer
+from ..training.denoising import DenoisingTrainer
 
 __all__ = ["SupervisedConfig", "SupervisedTrainer"]
 
 
-@dataclass(config=STRICT, kw_only=True)
+@settings
 class SupervisedConfig(TrainingConfig):
     """Settings of `SupervisedTrainer`. Data are pairs, whose winners are taken, or captioned images."""
 
     method: ClassVar[str] = "sft"
+    summary: ClassVar[str] = "Plain fine-tuning on preferred or captioned images."
 
     min_snr_gamma: float | None = setting(
         None, "Weight the denoising term by min-SNR (arXiv 2303.09556); 5 is usual.", gt=0
     )
 
 
-class SupervisedTrainer(Trainer):
+class SupervisedTrainer(DenoisingTrainer):
     """Denoises winners and ignores losers."""
 
     config_class = SupervisedConfig
@@ -39,7 +39,5 @@ class SupervisedTrainer(Trainer):
         errors = denoising_errors(self.denoiser.predict(batch), self.denoiser.target(batch))
         values = {"mse_w": errors.detach()}
         if self.config.min_snr_gamma is not None:
-            velocity = self.denoiser.prediction_type == "v_prediction"
-            snr = self.denoiser.snr(batch.timesteps)
-            errors = errors * min_snr_weights(snr, self.config.min_snr_gamma, v_prediction=velocity)
+            errors = errors * self.denoiser.min_snr_weights(batch.timesteps, self.config.min_snr_gamma)
         return errors.mean(), values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from mmalign.errors import InputError
@@ -50,9 +52,12 @@ class Reward(ABC):
             float32, in the reward's own units.
 
         Raises:
-            InputError: another number of prompts than of images, or `score` did not give one number an image.
+            InputError: one image instead of a list, another number of prompts than of images, or `score` did not give
+                one number an image.
             UnreadableImageError: an image cannot be read.
         """
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
+            raise InputError("images are one image; give a list, of one if need be")
         images = list(images)
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(images):
@@ -77,7 +82,7 @@ def as_reward(reward: AnyReward) -> Reward:
     """
     if isinstance(reward, Reward):
         return reward
-    if not callable(reward):
+    if not callable(reward) or isinstance(reward, type):
         raise InputError(f"{reward!r} is no reward; give a Reward, or a callable of images and prompts")
     return _CallableReward(reward)
 
@@ -98,9 +103,12 @@ def _pixels(image: Any) -> Float[Tensor, "3 height width"]:
 
 
 def _checked(scores: Any, images: Sequence[Any]) -> list[float]:
-    if not isinstance(scores, Iterable):
-        raise InputError(f"the reward returned {type(scores).__name__}; it must give a number for each image of a list")
-    numbers = [float(score) for score in scores]
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise InputError(
+            f"the reward returned {type(scores).__name__}; it must give a number for each image of a list"
+        ) from None
     if len(numbers) != len(images):
         raise InputError(
             f"the reward returned {len(numbers)} numbers for {len(images)} images; it must give one for each"

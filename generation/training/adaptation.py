@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from mmalign.files import save_tensors, whole_file
 
 from ..export import DIFFUSERS_FILE, export_lora
 from ..lora import add_lora, load_lora_state, lora_disabled
 from .configuration import TrainingConfig
 from .hardware import training_dtype
 
-__all__ = ["FullAdaptation", "LoraAdaptation", "adapt"]
+__all__ = ["Adaptation", "FullAdaptation", "LoraAdaptation", "MovingAverage", "make_adaptation"]
+
+
+class Adaptation(Protocol):
+    """What is trained.
+
+    Attributes:
+        network: the denoiser; all that is trained is among its parameters, and needs gradients.
+        parameters: those that are trained.
+    """
+
+    network: nn.Module
+    parameters: list[nn.Parameter]
+
+    def reference(self) -> AbstractContextManager[nn.Module]:
+        """The network as it was before training, without gradients."""
+
+    def save(self, folder: Path) -> None:
+        """For a checkpoint, in files that can be used as they are."""
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, bit for bit."""
+
+    def export(self, folder: Path, notes: Mapping[str, str], state: dict[str, Tensor] | None = None) -> list[Path]:
+        """What others load, with notes; `state` holds the network's weights where no process has them all."""
 
 
 class LoraAdaptation:
@@ -43,24 +69,25 @@ class LoraAdaptation:
             yield self.network
 
     def save(self, folder: Path) -> None:
-        """As the files that are exported, so that every checkpoint can be used as it is."""
-        self.export(folder, {}, None)
+        """The file for diffusers, so that every checkpoint can be used as it is."""
+        export_lora(self.network, folder, formats=("diffusers",))
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, bit for bit."""
         state = load_file(folder / DIFFUSERS_FILE)
         load_lora_state(self.network, {key.partition(".")[2]: value for key, value in state.items()})
 
-    def export(self, folder: Path, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
+    def export(self, folder: Path, notes: Mapping[str, str], state: dict[str, Tensor] | None = None) -> list[Path]:
         """diffusers and kohya files, the latter named like the run."""
-        return list(export_lora(self.network, folder, name=self._name, family=self._family, metadata=notes).values())
+        return list(export_lora(self.network, folder, name=self._name, metadata=notes).values())
 
 
 class FullAdaptation:
     """All weights in float32; the reference, where a method needs one, is a frozen copy in the run's precision."""
 
-    def __init__(self, network: nn.Module, config: TrainingConfig, *, reference: bool) -> None:
+    def __init__(self, network: nn.Module, config: TrainingConfig, family: str, *, reference: bool) -> None:
         self.network = network
+        self._component = "unet" if family in ("sdxl", "sd15") else "transformer"
         self._copy: nn.Module | None = None
         if reference:
             device = next(network.parameters()).device
@@ -84,38 +111,32 @@ class FullAdaptation:
             yield self._copy
 
     def save(self, folder: Path) -> None:
-        """All weights, float32."""
-        path = folder / "network.safetensors"
-        save_file(self._state(), path)
-        path.chmod(0o644)
+        """As it is exported, so that every checkpoint can be used as it is."""
+        self.export(folder, {})
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, bit for bit."""
-        self.network.load_state_dict(load_file(folder / "network.safetensors"))
+        self.network.load_state_dict(load_file(self._weights(folder)))
 
-    def export(self, folder: Path, notes: dict[str, str], state: dict[str, Tensor] | None) -> list[Path]:
-        """A folder `unet` in diffusers' layout; `state` holds the weights where no process has them all."""
+    def export(self, folder: Path, notes: Mapping[str, str], state: dict[str, Tensor] | None = None) -> list[Path]:
+        """A folder `unet` (or `transformer`) in diffusers' layout, float32."""
+        weights = self._weights(folder)
+        self.network.save_config(weights.parent)  # type: ignore[operator]
+        with whole_file(weights) as fresh:
+            save_tensors(self.network.state_dict() if state is None else state, fresh, {"format": "pt", **notes})
+        return [weights.parent]
+
+    def _weights(self, folder: Path) -> Path:
         from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-        target = folder / "unet"
-        self.network.save_config(target)  # type: ignore[operator]
-        temporary = target / ".weights.tmp"
-        save_file(self._state() if state is None else state, temporary, metadata={"format": "pt", **notes})
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        temporary.replace(target / SAFETENSORS_WEIGHTS_NAME)
-        return [target]
-
-    def _state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        return folder / self._component / SAFETENSORS_WEIGHTS_NAME
 
 
-def adapt(
-    network: nn.Module, config: TrainingConfig, family: str, *, reference: bool
-) -> LoraAdaptation | FullAdaptation:
+def make_adaptation(network: nn.Module, config: TrainingConfig, family: str, *, reference: bool) -> Adaptation:
     """Make what the settings name trainable."""
     if config.adaptation == "lora":
         return LoraAdaptation(network, config, family)
-    return FullAdaptation(network, config, reference=reference)
+    return FullAdaptation(network, config, family, reference=reference)
 
 
 class MovingAverage:

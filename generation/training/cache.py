@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmalign.errors import InputError, reason_of
+from mmalign.files import whole_file
 
 __all__ = ["TensorStore", "content_key"]
 
@@ -57,21 +57,10 @@ class TensorStore:
             InputError: a value is not finite in `dtype` (`name` says whose), or the disk is full.
         """
         rounded = self.rounded(tensors, dtype, name)
-        path = self._path(key)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # Not `save_file`: it makes files that only their owner can read, and a cache may be shared.
-                temporary.write_bytes(save(rounded))
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the cache {str(self.folder)!r}: {error.strerror or error}; make room or set cache_dir, "
-                "what is cached so far is kept"
-            ) from None
+        remedy = f"make room for the cache {str(self.folder)!r}, or set cache_dir; what is cached so far is kept"
+        with whole_file(self._path(key), remedy=remedy) as fresh:
+            # Not `save_file`: it makes files that only their owner can read, and a cache may be shared.
+            fresh.write_bytes(save(rounded))
         return rounded
 
     @staticmethod
@@ -82,7 +71,7 @@ class TensorStore:
             if not torch.isfinite(value).all():
                 raise InputError(
                     f"{name}: {key} is not finite in {str(dtype).removeprefix('torch.')}; a float16 VAE overflows "
-                    "(give `vae`, or precision bfloat16), and cache_dtype float32 holds larger values"
+                    "(give `vae`, or dtype bfloat16), and cache_dtype float32 holds larger values"
                 )
         return rounded
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from mmalign.files import whole_file
 
 __all__ = ["draw_curves"]
 
-# Panels from left to right: heading, and the logged values in it.
-_PANELS = {
-    "loss": ("loss",),
-    "denoising error (probe)": ("probe_mse_w", "probe_mse_l", "probe_mse"),
-    "margin accuracy": ("margin_accuracy", "probe_margin_accuracy"),
-    "gradient norm": ("grad_norm",),
-}
 
+def draw_curves(metrics: Path, path: Path, panels: Mapping[str, Sequence[str]]) -> Path:
+    """Draw `metrics.jsonl` into a picture; training values as a moving mean over a twentieth of the run.
 
-def draw_curves(metrics: Path, path: Path) -> Path:
-    """Draw `metrics.jsonl` into a picture; training values as a moving mean over a twentieth of the run."""
+    Args:
+        metrics: a line of JSON a step.
+        path: of the picture, a PNG.
+        panels: from left to right, the heading and the logged values in it; those that never occur are left out.
+    """
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    panels = {head: [n for n in names if any(n in row for row in rows)] for head, names in _PANELS.items()}
-    panels = {head: names for head, names in panels.items() if names}
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for axes, (heading, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    found = {head: [n for n in names if any(n in row for row in rows)] for head, names in panels.items()}
+    found = {head: names for head, names in found.items() if names}
+    figure = Figure(figsize=(4 * max(len(found), 1), 3), layout="constrained")
+    axes_of = figure.subplots(1, max(len(found), 1), squeeze=False)[0]
+    for axes, (heading, names) in zip(axes_of, found.items(), strict=False):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             window = max(len(points) // 20, 1) if not name.startswith("probe_") else 1
@@ -35,6 +37,6 @@ def draw_curves(metrics: Path, path: Path) -> Path:
         axes.set(title=heading, xlabel="step")
         if len(names) > 1:
             axes.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
-    return temporary.replace(path)
+    with whole_file(path) as fresh:
+        figure.savefig(fresh, dpi=100, format="png")
+    return path

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mmalign.errors import InputError
 
+from ..objectives import min_snr_weights
+
 __all__ = ["Batch", "Conditioning", "Denoiser"]
 
 
@@ -50,7 +52,6 @@ class Batch:
     timesteps: Int[Tensor, " n"]
     conditioning: Conditioning
     rewards: Float[Tensor, " n"] | None = None
-    pretraining: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """All of it on a device."""
@@ -61,8 +62,11 @@ class Batch:
             timesteps=self.timesteps.to(device),
             conditioning=self.conditioning.to(device),
             rewards=None if self.rewards is None else self.rewards.to(device),
-            pretraining=None if self.pretraining is None else self.pretraining.to(device),
         )
+
+    def labels(self) -> dict[str, list[str]]:
+        """What an error calls each row."""
+        return {"": [f"{n} (timestep {int(t)})" for n, t in zip(self.names, self.timesteps, strict=False)]}
 
 
 class Denoiser:
@@ -114,3 +118,7 @@ class Denoiser:
         """abar_t / (1 - abar_t)."""
         kept = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
         return kept / (1 - kept)
+
+    def min_snr_weights(self, timesteps: Int[Tensor, " n"], gamma: float) -> Float[Tensor, " n"]:
+        """Factors of the denoising errors at these timesteps (arXiv 2303.09556), for what this model predicts."""
+        return min_snr_weights(self.snr(timesteps), gamma, v_prediction=self.prediction_type == "v_prediction")

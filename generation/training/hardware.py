@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mmalign.device import resolve_device, resolve_dtype
-from mmalign.errors import InputError, reason_of
+from mmalign.errors import InputError
 
 from .configuration import TrainingConfig
 
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "is_sharded",
-    "limits_told",
     "make_accelerator",
     "make_optimizer",
     "make_schedule",
+    "memory_told",
     "peak_memory",
     "training_dtype",
 ]
@@ -68,7 +67,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
-        gradient_accumulation_steps=config.accumulation,
         log_with=loggers or None,
         project_dir=str(config.output) if loggers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
@@ -77,9 +75,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def training_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """Of the frozen weights and the forward pass. float16 is refused without a GPU: it needs loss scaling."""
-    dtype = resolve_dtype(config.precision, device)
+    dtype = resolve_dtype(config.dtype, device)
     if dtype == torch.float16 and device.type != "cuda":
-        raise InputError("precision float16 needs a CUDA device (loss scaling); use bfloat16 or float32")
+        raise InputError("dtype float16 needs a CUDA device (loss scaling); use bfloat16 or float32")
     return dtype
 
 
@@ -109,17 +107,17 @@ def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -
     return AdamW8bit(parameters, **settings)
 
 
-def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """Learning rate by optimiser steps of the whole run, however many processes share it."""
+def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, total: int) -> Any:
+    """Learning rate by optimiser steps, of which the whole run has `total`, however many processes share it."""
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max(config.steps, 1))
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total)
 
 
 @contextmanager
-def limits_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """Turn what no setting rules out beforehand, a full GPU or disk, into an InputError with the ways out."""
+def memory_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """Turn what no setting rules out beforehand, a full GPU, into an InputError with the ways out."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -131,13 +129,6 @@ def limits_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
             f"training does not fit in the memory of {device}; give {' or '.join(ways) or 'a lower resolution'} "
             "(in another output, if this one has checkpoints)"
         ) from None
-    except BrokenPipeError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"the run in {str(config.output)!r} was stopped by the system: {reason_of(error)}; "
-            "mend that and run the same command again, it goes on from the newest checkpoint"
-        ) from error
 
 
 def peak_memory(device: torch.device) -> float:

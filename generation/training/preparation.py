@@ -1,10 +1,10 @@
-"""Everything before the first step: rows checked, latents and embeddings encoded, encoders off the accelerator."""
+"""What denoising needs before the first step: rows checked, latents and embeddings encoded, encoders off the device."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmalign.errors import InputError
+from mmalign.files import whole_file
 
 from ..data import CheckedData, RowSource, check_data, open_source
-from ..pipelines import load_pipeline, pipeline_family
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
 from .training_set import EncodedSet, SampleOptions, samples_of
-from .validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..rewards.reward import AnyReward
 
-__all__ = ["Encoders", "Prepared", "check", "encode", "prepare"]
+__all__ = ["Encoders", "check", "encode", "filter_of"]
 
 
 @dataclass
@@ -34,7 +33,6 @@ class Encoders:
     """A pipeline with its frozen encoders."""
 
     pipeline: DiffusionPipeline
-    family: str
     latents: LatentEncoder
     prompts: PromptEncoder
 
@@ -44,55 +42,37 @@ class Encoders:
         self.prompts.release()
 
 
-@dataclass
-class Prepared:
-    """What the loop needs; `fingerprint` is what a checkpoint must match."""
-
-    encoders: Encoders
-    data: EncodedSet
-    validation: Validation | None
-    fingerprint: str
-    left_out: int
-
-
-def prepare(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    pipeline: DiffusionPipeline | None,
-    unit: str,
-    reward: AnyReward | None,
-) -> Prepared:
-    """Check the rows first, as that is cheap and fails early; then load the model and encode what is missing."""
-    checked = check(config, accelerator, config.data, unit, reward=reward)
-    # float32 until the denoiser is cast: latents and embeddings are made once and should not carry bfloat16's error.
-    pipeline = pipeline or load_pipeline(
-        config.model, device="cpu", dtype="float32", vae=config.vae, variant=config.variant
-    )
-    family = pipeline_family(pipeline)
-    if family not in ("sdxl", "sd15"):
-        raise InputError(f"{config.model!r} is a {family} pipeline; this method trains UNets: SDXL and SD 1.5")
-    device = accelerator.device
-    encoders = Encoders(pipeline, family, LatentEncoder(pipeline.vae, device), PromptEncoder(pipeline, device))
-    data = encode(config, accelerator, checked, unit, encoders)
-    validation = None
-    if config.validation_prompts:
-        validation = Validation(pipeline, encoders.prompts, encoders.latents, config)
-    if config.cache:
-        encoders.release()
-    return Prepared(encoders, data, validation, checked.fingerprint, checked.left_out)
-
-
 def check(
     config: TrainingConfig,
     accelerator: Accelerator,
     data: str,
     unit: str,
     *,
-    report: str = "left_out_rows.jsonl",
+    report: Path,
+    warn: Callable[[str], None],
+    split: str | None = None,
     reward: AnyReward | None = None,
+    min_score: float | None = None,
+    min_margin: float | None = None,
 ) -> CheckedData:
-    """All rows; those that cannot be used are listed in the run folder and on standard error, or refused."""
-    source = open_source(data, split=config.split)
+    """All rows; those that cannot be used are listed in `report` and told to `warn`, or refused.
+
+    Args:
+        config: says what to do with such rows, and how large images may be.
+        accelerator: whose main process does the work.
+        data: see `open_source`.
+        unit: what a sample is: "pairs", "winners" or "images".
+        report: a file, a line of JSON for each row that is left out.
+        warn: called by the main process with one line.
+        split: see `open_source`.
+        reward: see `check_data`, as the next two.
+        min_score: leave out rows whose winner scores less.
+        min_margin: leave out pairs whose winner scores less than this above the loser.
+
+    Raises:
+        InputError: the data cannot be read, or rows are left out and `config.bad_rows` refuses that.
+    """
+    source = open_source(data, split=split)
     with accelerator.main_process_first():  # the others read what the first one found
         checked = check_data(
             source,
@@ -101,24 +81,30 @@ def check(
             workers=config.workers,
             progress=config.progress and accelerator.is_main_process,
             memory=cache_folder(config) / "checks",
-            reward=_reward(config, reward),
-            min_score=config.min_score,
-            min_margin=config.min_margin,
+            reward=reward,
+            min_score=min_score,
+            min_margin=min_margin,
         )
     if accelerator.is_main_process:
-        _report(config, checked, config.output / report)
+        _report(checked, report, warn)
+    left_out = "1 row" if checked.left_out == 1 else f"{checked.left_out:,} rows"
+    if checked.left_out and config.bad_rows == "refuse":
+        raise InputError(
+            f"{left_out} of {checked.source.name!r} cannot be used (listed in {str(report)!r}); "
+            "mend them, or set bad_rows to skip"
+        )
     return checked
 
 
 def encode(
-    config: TrainingConfig, accelerator: Accelerator, checked: CheckedData, unit: str, encoders: Encoders
+    config: TrainingConfig, accelerator: Accelerator, checked: CheckedData, unit: str, encoders: Encoders, *, seed: int
 ) -> EncodedSet:
     """The checked rows as samples; with a cache, all of them encoded, the work shared by all processes."""
     samples = samples_of(checked.examples, config.resolution, unit=unit, buckets=config.aspect_buckets)
     if config.dry_run:
         samples = samples[:16]
     options = SampleOptions(
-        seed=config.seed,
+        seed=seed,
         num_train_timesteps=encoders.pipeline.scheduler.config.num_train_timesteps,
         random_flip=config.random_flip,
         caption_dropout=config.caption_dropout,
@@ -126,7 +112,7 @@ def encode(
         max_pixels=config.max_pixels,
     )
     store = cache_folder(config) if config.cache else None
-    data = EncodedSet(checked, samples, options, encoders.latents, encoders.prompts, store)
+    data = EncodedSet(checked, samples, options, encoders.latents, encoders.prompts, store, config.batch_size)
     data.encode_all(
         workers=config.workers,
         progress=config.progress and accelerator.is_main_process,
@@ -136,12 +122,8 @@ def encode(
     return data
 
 
-def cache_folder(config: TrainingConfig) -> Path:
-    """Shared by all runs beside this one, unless set."""
-    return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
-
-
-def _reward(config: TrainingConfig, given: AnyReward | None) -> AnyReward | None:
+def filter_of(config: TrainingConfig, given: AnyReward | None) -> AnyReward | None:
+    """What `min_score` and `min_margin` refer to: a reward of one's own, or the cosine of `config.filter_encoder`."""
     if given is not None and config.filter_encoder is not None:
         raise InputError("give either filter_encoder or a reward of your own, not both")
     if config.filter_encoder is None:
@@ -153,29 +135,24 @@ def _reward(config: TrainingConfig, given: AnyReward | None) -> AnyReward | None
     return CosineReward(load_encoder(config.filter_encoder, device=config.device))
 
 
+def cache_folder(config: TrainingConfig) -> Path:
+    """Shared by all runs beside this one, unless set."""
+    return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
+
+
 def _holds_pairs(source: RowSource) -> bool:
     if source.images_per_row is not None:
         return source.images_per_row == 2
     return any(len(row.images) == 2 for row in itertools.islice(source.rows(), 100))
 
 
-def _report(config: TrainingConfig, checked: CheckedData, path: Path) -> None:
+def _report(checked: CheckedData, path: Path, warn: Callable[[str], None]) -> None:
     left_out = [problem for problem in checked.problems if problem.fatal]
-    lines = [
-        json.dumps({"row": p.row, "name": p.name, "reason": p.reason, "message": p.message}) + "\n" for p in left_out
-    ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
-    if not left_out:
-        return
+    with whole_file(path) as fresh, fresh.open("w", encoding="utf-8") as file:
+        for problem in left_out:
+            about = {"row": problem.row, "name": problem.name, "reason": problem.reason, "message": problem.message}
+            file.write(json.dumps(about) + "\n")
     for problem in left_out[:10]:
-        print(f"  left out ({problem.reason}): {problem.name}: {problem.message}", file=sys.stderr)
+        warn(f"left out ({problem.reason}): {problem.name}: {problem.message}")
     if len(left_out) > 10:
-        print(f"  ... and {len(left_out) - 10:,} more, all in {path}", file=sys.stderr)
-    if config.bad_rows == "refuse":
-        rows = "1 row" if len(left_out) == 1 else f"{len(left_out):,} rows"
-        raise InputError(
-            f"{rows} of {checked.source.name!r} cannot be used (listed in {str(path)!r}); "
-            "mend them, or set bad_rows to skip"
-        )
+        warn(f"... and {len(left_out) - 10:,} more are left out, all in {path}")

@@ -12,11 +12,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mmalign.errors import InputError, reason_of
+from mmalign.files import whole_file
+from mmalign.provenance import libraries, written_now
 
 from .configuration import TrainingConfig, differences, read_yaml, write_config
 
@@ -31,14 +32,21 @@ class Checkpoint:
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.step = path, step
 
+    def about(self) -> dict[str, Any]:
+        """What the trainer wrote about itself."""
+        with self.damage_told():
+            about = json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
+            return {name: about[name] for name in ("step", "data", "weights", "processes", "first_look", "warned")}
+
     @contextmanager
-    def read(self) -> Iterator[dict[str, Any]]:
-        """What the trainer wrote about itself; whatever goes wrong within is told as this checkpoint's damage."""
+    def damage_told(self) -> Iterator[None]:
+        """While the files of this checkpoint are read: what goes wrong is told as their damage."""
         try:
-            yield json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
-        except (InputError, torch.OutOfMemoryError):
-            raise
+            yield
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            # Others than RuntimeError itself are a GPU's: full, or failing.
+            if isinstance(error, InputError) or (isinstance(error, RuntimeError) and type(error) is not RuntimeError):
+                raise
             reason = f"{type(error).__name__}: {reason_of(error)}"
             raise InputError(
                 f"checkpoint {str(self.path)!r} is damaged ({reason}); "
@@ -47,11 +55,24 @@ class Checkpoint:
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/step-000500/`, `samples/`; one process group at a time."""
+    """`config.yaml`, `run.json`, `metrics.jsonl`, `checkpoints/step-000500/`, `samples/`; one process group at a time.
+
+    Attributes:
+        path: the folder.
+        metrics: the log, a line of JSON a step.
+        curves: the picture of it.
+        export: the folder of what training came to.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.curves = path / "curves.png"
+        self.export = path / "export"
+
+    def sample(self, step: int) -> Path:
+        """The picture of the validation prompts after a step."""
+        return self.path / "samples" / f"step-{step:06d}.png"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -68,7 +89,7 @@ class RunFolder:
             raise InputError(f"another process is training in {str(self.path)!r}; choose another output") from None
         except OSError as error:
             raise InputError(
-                f"{str(self.path)!r} cannot be written to ({error.strerror}); choose another output"
+                f"{str(self.path)!r} cannot be written to ({reason_of(error)}); choose another output"
             ) from None
         try:
             yield
@@ -78,12 +99,16 @@ class RunFolder:
     def open(self, config: TrainingConfig) -> Checkpoint | None:
         """Clear what an interrupted run left, and check that `config` continues what is here.
 
+        A dry run begins afresh.
+
         Returns:
             The newest checkpoint, or `None` in a new folder.
 
         Raises:
             InputError: the folder's run has other settings; each is named.
         """
+        if config.dry_run:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         for leftover in (self.path / "checkpoints").glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoints = self.checkpoints()
@@ -97,11 +122,13 @@ class RunFolder:
             )
         return checkpoints[-1]
 
-    def begin(self, config: TrainingConfig, step: int) -> None:
-        """Echo the settings to `config.yaml`, and forget what was logged after the step that is gone on from."""
-        temporary = self.path / ".config.yaml.tmp"
-        write_config(config, temporary)
-        temporary.replace(self.path / "config.yaml")
+    def begin(self, config: TrainingConfig, step: int, **about: Any) -> None:
+        """Echo the settings, write down what runs here, and forget what was logged after the step gone on from."""
+        write_config(config, self.path / "config.yaml")
+        versions = libraries("diffusers", "transformers", "peft", "accelerate")
+        run = {"method": config.method, "seed": config.seed, **about, "libraries": versions, "written": written_now()}
+        with whole_file(self.path / "run.json") as fresh:
+            fresh.write_text(json.dumps(run, indent=1), encoding="utf-8")
         self._cut_metrics(step if step else -1)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -137,12 +164,13 @@ class RunFolder:
                 _sync_path(root)  # the name must last before the checkpoint before it goes
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
+        except (InputError, OSError, SafetensorError, RuntimeError) as error:
             # torch.save says of a full disk only where in its own file it stopped
-            full = isinstance(error, RuntimeError)
-            reason = "the disk is full" if full else getattr(error, "strerror", None) or error
+            full = isinstance(error, RuntimeError) and "inline_container" in str(error)
+            cause = error.__context__ if isinstance(error, InputError) else error
+            if not full and not isinstance(cause, OSError | SafetensorError):
+                raise
+            reason = "the disk is full" if full else reason_of(cause or error)
             raise InputError(
                 f"the checkpoint of step {step} could not be written to {str(root)!r} ({reason}); "
                 "make room and run the same command again, it goes on from the one before"
@@ -151,9 +179,15 @@ class RunFolder:
             _remove(old.path)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to `metrics.jsonl`; raises InputError where that cannot be."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{str(self.metrics)!r} cannot be written ({reason_of(error)}); "
+                "mend that and run the same command again, it goes on from the newest checkpoint"
+            ) from None
 
     def _cut_metrics(self, step: int) -> None:
         """Forget lines after the step that is resumed from: they will be written again."""
@@ -166,9 +200,8 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):  # a line cut short by a kill
                 continue
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.metrics)
+        with whole_file(self.metrics) as fresh:
+            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,8 +1,9 @@
-"""The one shell around every training objective: data -> network -> loss -> optimiser, kept whole and resumable.
+"""The run around every training method: prepared, stepped, looked at, saved, interrupted, resumed and exported.
 
-A method is a config and a trainer with a loss; this is a complete one:
+A method says what is prepared and what is minimised; one that trains on stored images is a `DenoisingTrainer` with a
+loss, and this is a complete one:
 
-    class ToyTrainer(Trainer):
+    class ToyTrainer(DenoisingTrainer):
         config_class = TrainingConfig
 
         def loss(self, batch):
@@ -13,14 +14,13 @@ A method is a config and a trainer with a loss; this is a complete one:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import shutil
-import sys
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,37 +28,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmalign.encoders.stream import decode_ahead
-from mmalign.errors import InputError, UnreadableImageError
+from mmalign.errors import InputError
 from mmalign.progress import progress_bar
 
-from ..pipelines import pipeline_family, quiet_diffusers
-from .adaptation import MovingAverage, adapt
+from ..pipelines import (
+    FAMILIES,
+    denoiser_of,
+    load_pipeline,
+    pipeline_family,
+    quiet_diffusers,
+    weights_fingerprint,
+)
+from .adaptation import Adaptation, make_adaptation
 from .configuration import TrainingConfig, dry_run_of
 from .curves import draw_curves
-from .denoiser import Batch, Denoiser
-from .hardware import (
-    is_sharded,
-    limits_told,
-    make_accelerator,
-    make_optimizer,
-    make_schedule,
-    peak_memory,
-    training_dtype,
-)
+from .feed import TrainingData, load_batches
+from .hardware import is_sharded, make_accelerator, memory_told, peak_memory, training_dtype
 from .interruption import Interruption
-from .monitor import Probe, check_finite, mean_of
-from .preparation import Prepared, prepare
-from .randomness import BucketedBatches, stream
+from .learner import Learner
 from .run_folder import Checkpoint, RunFolder
-from .training_set import EncodedSet
+from .validation import Validation
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
-    from ..rewards.reward import AnyReward
+__all__ = ["Prepared", "Trainer", "TrainingReport"]
 
-__all__ = ["Trainer", "TrainingReport"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,47 +71,119 @@ class TrainingReport:
     left_out: int = 0
 
 
+@dataclass
+class Prepared:
+    """What a run needs: a pipeline, data, pictures to draw while it goes, and how many rows could not be used."""
+
+    pipeline: DiffusionPipeline
+    data: TrainingData
+    validation: Validation | None = None
+    left_out: int = 0
+
+
 class Trainer(ABC):
     """Trains the denoiser of a pipeline; `train()` runs, resumes and exports.
 
+    A method overrides `prepare` and `loss`, and where it must `adapt` (what is trained), `connect` (what else the
+    network is used through), `update` (what a step is), `look` and `judge` (what is watched). What it does in a step
+    may depend on `config.seed`, `step` and what the learner holds, and on nothing else that lasts from one step to the
+    next: then an interrupted run ends as an undisturbed one.
+
     Attributes:
         config_class: the dataclass of the method's settings.
-        unit: what a sample is: "pairs", "winners" or "images" (see `samples_of`).
-        needs_reference: the loss uses `self.reference()`.
+        families: of the pipelines that it can train.
+        needs_reference: it uses `self.reference()`.
+        shown: fields of the progress bar, each the name of a value and its format.
+        panels: of the run's curves, headings with names of values.
+        step: steps done.
+        first_look: what `look` found before the first step.
+        prepared: what `prepare` returned, while a run goes.
+        accelerator: accelerate's handle on devices and processes.
+        learner: the network and all that changes with it, from `attach` on.
+        folder: the run's.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
-    unit: ClassVar[str] = "pairs"
+    families: ClassVar[Sequence[str]] = tuple(FAMILIES)
     needs_reference: ClassVar[bool] = False
+    shown: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "loss": ("loss", "{:.4f}"),
+        "memory": ("peak_memory_gb", "{:.1f} GB"),
+    }
+    panels: ClassVar[Mapping[str, tuple[str, ...]]] = {"loss": ("loss",), "gradient norm": ("grad_norm",)}
+    accelerator: Accelerator
+    learner: Learner
+    prepared: Prepared
 
-    def __init__(
-        self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None, reward: AnyReward | None = None
-    ) -> None:
+    def __init__(self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None) -> None:
         """Nothing is loaded yet.
 
         Args:
             config: all settings.
-            pipeline: trained in place of `config.model`; its denoiser is changed.
-            reward: any reward of images and captions, for `min_score` and `min_margin` to filter the rows by.
+            pipeline: trained in place of `config.model`; its denoiser is changed. In a dry run, a tiny one of its
+                family.
+
+        Raises:
+            InputError: settings say how to load a model that is given.
         """
-        self.config = dry_run_of(config) if config.dry_run else config
-        self._pipeline = None if config.dry_run else pipeline
-        self._reward = reward
-        self._folder = RunFolder(self.config.output)
-        self._probe = Probe()
-        self._warnings: list[str] = []
-        self.step = 0
+        if pipeline is not None and (config.vae or config.variant):
+            raise InputError("vae and variant say how to load a model, and a loaded pipeline was given; leave them out")
+        self._pipeline, self._about_dry_run = pipeline, ""
+        self.config = config
+        if config.dry_run:
+            family = None if pipeline is None else pipeline_family(pipeline)
+            self.config, self._pipeline = dry_run_of(config, family), None
+            if pipeline is not None:
+                self._about_dry_run = f"a dry run: {self.config.model} stands in for the pipeline that was given"
+        self.folder = RunFolder(self.config.output)
+        self._begin()
 
     @abstractmethod
-    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def prepare(self) -> Prepared:
+        """All that is needed before the first step; every process calls this."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The scalar to minimise, and values to log, each with one entry per sample.
 
-        `mse_w` (the preferred image's denoising error) and `margin_accuracy` are watched for collapse. Rows whose
-        values are not finite are named when training stops.
+        Rows whose values are not finite are named when training stops.
         """
 
+    def check_settings(self) -> None:
+        """Refuse what cannot work, before anything is loaded or written."""
+        if self.config.output == Path():
+            raise InputError("no run folder given; set output, e.g. runs/first")
+
+    def adapt(self, network: nn.Module, family: str) -> Adaptation:
+        """Make part of the denoiser trainable."""
+        return make_adaptation(network, self.config, family, reference=self.needs_reference)
+
+    def connect(self, pipeline: DiffusionPipeline) -> None:  # noqa: B027 (most need none)
+        """Called when `learner` has the pipeline's denoiser."""
+
+    def update(self, batches: Sequence[Any]) -> dict[str, float]:
+        """One step on `config.accumulation` batches; the values to log."""
+        return self.learner.step(batches, self.loss)
+
+    @property
+    def total_updates(self) -> int:
+        """Optimiser steps of a whole run, by which the learning rate is scheduled."""
+        return self.config.steps
+
+    def look(self) -> dict[str, float]:
+        """What is watched beside a step's own values, under the names that it is logged by; without gradients."""
+        return {}
+
+    def judge(self, start: Mapping[str, float], values: Mapping[str, float]) -> dict[str, str]:
+        """Warnings by kind, each of which is given once, from the first look and this one."""
+        return {}
+
+    def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The network as it was before training, without gradient; for a LoRA, itself with the adapters off."""
+        return self.learner.reference()
+
     def train(self) -> TrainingReport:
-        """Check the data, fill the cache, train from the newest checkpoint or from the start, export.
+        """Prepare, train from the newest checkpoint or from the start, export.
 
         Ctrl-C or SIGTERM ends the current step, saves a checkpoint and raises KeyboardInterrupt.
 
@@ -122,36 +191,45 @@ class Trainer(ABC):
             InputError: a setting, the data, a run folder of other settings, a full disk, or too little GPU memory.
             NonFiniteLossError: the loss is not a number any more; rows and step are named.
         """
-        if not self.config.data:
-            raise InputError("no training data given; set data to a folder, Parquet files or datasets:NAME")
-        if self.config.output == Path():
-            raise InputError("no run folder given; set output, e.g. runs/first")
-        self.step, self._probe, self._warnings = 0, Probe(), []
+        self.check_settings()
+        self._begin()
         self.accelerator = make_accelerator(self.config)
         self._check_sharding()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(limits_told(self.config, self.accelerator.device))
+            stack.enter_context(memory_told(self.config, self.accelerator.device))
             if self.accelerator.is_main_process:
-                stack.enter_context(self._folder.locked())
+                stack.enter_context(self.folder.locked())
+            if self._about_dry_run:
+                self.warn(self._about_dry_run)
             checkpoint = self._open_folder()
-            prepared = self.prepare()
-            self.attach(prepared.encoders.pipeline)
+            self.prepared = self.prepare()
+            self.attach(self.prepared.pipeline)
             if checkpoint is not None:
-                self._resume(checkpoint, prepared)
+                self._resume(checkpoint)
             start = self.step if checkpoint is not None else None
             if self.accelerator.is_main_process:
-                self._folder.begin(self.config, self.step)
-            values = self._run(prepared)
-            exported = self._export(self.config.output / "export")
-        report = TrainingReport(
-            self.config.output, self.step, start, exported, values, self._warnings, prepared.left_out
-        )
+                self.folder.begin(self.config, self.step, base=self._base, base_weights=self._weights)
+            values = self._run()
+            notes = {"method": self.config.method, "steps": str(self.step)}
+            notes |= {"base": self._base, "base_weights": self._weights}
+            exported = self.learner.export(self.folder.export, {f"mmalign_{k}": v for k, v in notes.items()})
+        left_out = self.prepared.left_out
         self.accelerator.end_training()
-        return report
+        return TrainingReport(self.config.output, self.step, start, exported, values, self._warnings, left_out)
 
-    def prepare(self) -> Prepared:
-        """Checked and encoded data with the pipeline; a method that trains on a second set adds it here."""
-        return prepare(self.config, self.accelerator, self._pipeline, self.unit, self._reward)
+    def load_pipeline(self) -> DiffusionPipeline:
+        """The given pipeline, or `config.model` on the CPU; refused if it is of no family that this method trains."""
+        config = self.config
+        # float32 until the denoiser is cast: latents and embeddings are made once and should not carry bfloat16's error
+        pipeline = self._pipeline or load_pipeline(
+            config.model, device="cpu", dtype="float32", vae=config.vae, variant=config.variant
+        )
+        family = pipeline_family(pipeline)
+        if family not in self.families:
+            names = {"sdxl": "SDXL", "sd15": "SD 1.5", "sd3": "SD 3", "flux": "FLUX"}
+            trained = " and ".join(names[known] for known in self.families)
+            raise InputError(f"{self._name_of(pipeline)!r} is a {family} pipeline; this method trains {trained}")
+        return pipeline
 
     def attach(self, pipeline: DiffusionPipeline) -> None:
         """Make a pipeline's denoiser trainable on this trainer's device; `update` works from here on."""
@@ -159,91 +237,43 @@ class Trainer(ABC):
             self.accelerator = make_accelerator(self.config)
         device = self.accelerator.device
         full = self.config.adaptation == "full"
-        dtype = torch.float32 if full else training_dtype(self.config, device)
+        network = denoiser_of(pipeline)[1]
+        # as it was loaded: the same on every device and in every precision of training
+        self._base, self._weights = self._name_of(pipeline), weights_fingerprint(network)
         with quiet_diffusers():
-            network = pipeline.unet.to(device, dtype)
+            network = network.to(device, torch.float32 if full else training_dtype(self.config, device))
         network.train()
         if self.config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        family = pipeline_family(pipeline)
-        self._adaptation = adapt(network, self.config, family, reference=self.needs_reference)
-        optimizer = make_optimizer(self.config, self._adaptation.parameters)
-        self._schedule = make_schedule(self.config, optimizer)
-        if self.accelerator.distributed_type.name == "DEEPSPEED":
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.config.batch_size
-            plugin.deepspeed_config["gradient_clipping"] = self.config.max_grad_norm
-        wrapped, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.network: nn.Module = wrapped
-        self._trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        self.denoiser = Denoiser(wrapped, pipeline.scheduler.config)
-        self._average = None
-        if self.config.ema_decay is not None:
-            self._average = MovingAverage(self._adaptation.parameters, self.config.ema_decay)
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        adaptation = self.adapt(network, pipeline_family(pipeline))
+        self.learner = Learner(self.config, self.accelerator, adaptation, total_updates=self.total_updates)
+        self.connect(pipeline)
 
-    def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """The network as it was before training, without gradient; for a LoRA, itself with the adapters off."""
-        return self._adaptation.reference()
-
-    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One optimiser step over one batch per accumulation step; mean values over all samples and processes.
-
-        Raises:
-            NonFiniteLossError: before anything was updated.
-        """
-        from accelerate.utils import gather_object
-
-        parts: list[dict[str, Tensor]] = []
-        for batch in batches:
-            with self.accelerator.accumulate(self.network), self._dropout_stream(batch, len(parts)):
-                loss, sample_values = self.loss(batch)
-                parts.append({"loss": loss.detach()[None], **sample_values})
-                self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self._trained, self.config.max_grad_norm)
-        means = mean_of(parts)
-        if hasattr(norm, "full_tensor"):  # FSDP 2 gives a DTensor, which mixes with no other
-            norm = norm.full_tensor()
-        means["grad_norm"] = torch.as_tensor(norm if norm is not None else 0.0, device=means["loss"].device)
-        values = self._gathered(means)
-        scaled = self.accelerator.scaler is not None  # loss scaling skips a step with infinite gradients by itself
-        but = ("grad_norm",) if scaled else ()
-        check_finite(self.step + 1, values, parts, batches, but=but, gather=gather_object)
-        values["learning_rate"] = self._schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self._schedule.step()
-        self.optimizer.zero_grad()
-        if self._average is not None:
-            self._average.step()
-        return values
-
-    def batches(self, data: EncodedSet, start: int) -> Iterator[list[Batch]]:
+    def batches(self, data: TrainingData, start: int) -> Iterator[list[Any]]:
         """For each step from `start` on, this process's batches, loaded ahead and already on the device."""
         config, accelerator = self.config, self.accelerator
-        order = BucketedBatches([s.placement.target for s in data.samples], config.batch_size, config.seed)
-        device = accelerator.device
-        loaded: Iterator[Batch]
-
-        def jobs() -> Iterator[tuple[list[int], range]]:
-            for step in range(start, config.steps):
-                for micro in range(config.accumulation):
-                    place = (step * config.accumulation + micro) * accelerator.num_processes
-                    number = place + accelerator.process_index
-                    yield order[number], range(number * config.batch_size, (number + 1) * config.batch_size)
-
-        def load(job: tuple[list[int], range]) -> tuple[Batch, None]:
-            return self.assemble(data, *job), None
-
-        if config.cache:
-            ahead = config.accumulation + 2
-            loaded = map(_batch_of, decode_ahead(jobs(), load, ahead=ahead, workers=config.workers))
-        else:  # the VAE runs on the device, between steps
-            loaded = (self.assemble(data, *job) for job in jobs())
-        while chunk := [batch.to(device) for batch in itertools.islice(loaded, config.accumulation)]:
+        micros = range(start * config.accumulation, config.steps * config.accumulation)
+        numbers = (micro * accelerator.num_processes + accelerator.process_index for micro in micros)
+        loaded = load_batches(data, numbers, ahead=config.accumulation + 2, workers=config.workers)
+        while chunk := [batch.to(accelerator.device) for batch in islice(loaded, config.accumulation)]:
             yield chunk
 
-    def assemble(self, data: EncodedSet, indices: Sequence[int], ordinals: Sequence[int]) -> Batch:
-        """A batch of the given samples; one of a second set beside it where the method has one."""
-        return data.batch(indices, ordinals)
+    def warn(self, warning: str) -> None:
+        """Put a line into the report, and into the log of `generation.training` at once."""
+        self._warnings.append(warning)
+        if self.accelerator.is_main_process:
+            _log.warning(warning)
+
+    def _begin(self) -> None:
+        self.step = 0
+        self.first_look: dict[str, float] = {}
+        self._warned: list[str] = []
+        self._warnings: list[str] = []
+
+    def _name_of(self, pipeline: DiffusionPipeline) -> str:
+        if self._pipeline is None:
+            return self.config.model
+        return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
 
     def _check_sharding(self) -> None:
         config = self.config
@@ -258,165 +288,109 @@ class Trainer(ABC):
 
     def _open_folder(self) -> Checkpoint | None:
         if self.accelerator.is_main_process:
-            if self.config.dry_run:  # begins afresh each time
-                shutil.rmtree(self.config.output / "checkpoints", ignore_errors=True)
-            self._folder.open(self.config)
+            self.folder.open(self.config)
         self.accelerator.wait_for_everyone()
-        checkpoints = self._folder.checkpoints()
+        checkpoints = self.folder.checkpoints()
         return checkpoints[-1] if checkpoints else None
 
-    def _run(self, prepared: Prepared) -> dict[str, float]:
-        config, data = self.config, prepared.data
+    def _run(self) -> dict[str, float]:
+        config, main = self.config, self.accelerator.is_main_process
         self._start_loggers()
         if self.step == 0:
-            self._render(prepared)
-            self._look(data)
-        values: dict[str, float] = {}
-        shown = config.progress and self.accelerator.is_main_process and self.step < config.steps
-        fields = dict.fromkeys(("loss", "margin", "drift", "memory"), "-")
+            self._render()
+            if (values := self._look()) and main:
+                self.folder.log({"step": 0, **values})
+        values = {}
+        shown = config.progress and main and self.step < config.steps
+        fields = dict.fromkeys(self.shown, "-")
         bar = progress_bar(config.method, config.steps, unit="steps", initial=self.step, enabled=shown, **fields)
         with bar as advance, Interruption() as interruption:
             began = time.perf_counter()
-            for chunk in self.batches(data, self.step):
+            for chunk in self.batches(self.prepared.data, self.step):
                 values = self.update(chunk)
                 self.step += 1
                 now = time.perf_counter()
                 values |= {"step_seconds": now - began, "peak_memory_gb": peak_memory(self.accelerator.device)}
                 last = self.step == config.steps
                 if self.step % config.probe_every == 0 or last:
-                    values |= self._look(data)
+                    values |= self._look()
                 self._log(values)
-                advance(**_shown(values))
+                advance(**{k: form.format(values[name]) for k, (name, form) in self.shown.items() if name in values})
                 if config.validation_prompts and (self.step % config.validate_every == 0 or last):
-                    self._render(prepared)
+                    self._render()
                 stop = self._any_process(interruption.requested)
                 if self.step % config.checkpoint_every == 0 or last or stop:
-                    self._save(prepared)
+                    self._save()
                 if stop and not last:
                     raise KeyboardInterrupt
                 began = time.perf_counter()
         return values
 
-    def _look(self, data: EncodedSet) -> dict[str, float]:
-        """The probe: fixed samples, noise, and timesteps spread evenly over the schedule."""
-        size = min(self.config.probe_size, len(data.samples))
-        if not size:
-            return {}
-        order = torch.randperm(len(data.samples), generator=stream(self.config.seed, "probe")).tolist()[:size]
-        total = self.denoiser.num_train_timesteps
-        parts = []
-        self.network.eval()
+    def _look(self) -> dict[str, float]:
+        self.learner.network.eval()
         with torch.no_grad():
-            for place, index in enumerate(order):
-                batch = data.batch([index], [-1 - place])
-                time_ = torch.full_like(batch.timesteps, int((place + 0.5) / size * total))
-                parts.append(self.loss(replace(batch, timesteps=time_).to(self.accelerator.device))[1])
-        self.network.train()
-        values, warnings = self._probe.read({name: float(value) for name, value in mean_of(parts).items()})
-        for warning in warnings:
-            self._warn(warning)
-        if self.step == 0 and self.accelerator.is_main_process:
-            self._folder.log({"step": 0, **values})
+            values = self.look()
+        self.learner.network.train()
+        self.first_look = self.first_look or values
+        for kind, warning in self.judge(self.first_look, values).items():
+            if kind not in self._warned:
+                self._warned.append(kind)
+                self.warn(f"step {self.step}: {warning}")
         return values
-
-    def _warn(self, warning: str) -> None:
-        self._warnings.append(f"step {self.step}: {warning}")
-        if self.accelerator.is_main_process:
-            print(f"warning: {self._warnings[-1]}", file=sys.stderr)
-
-    def _gathered(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """One transfer from the device, and one mean over processes, for all values."""
-        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        stacked = torch.stack([value.to(dtype) for value in means.values()])
-        return dict(zip(means, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
-    @contextlib.contextmanager
-    def _dropout_stream(self, batch: Batch, micro: int) -> Iterator[None]:
-        """LoRA dropout draws from torch's global state: give it one that follows from the step, and restore it."""
-        if not self.config.lora_dropout:
-            yield
+    def _render(self) -> None:
+        if self.prepared.validation is None or not self.accelerator.is_main_process:
             return
-        rank, device = self.accelerator.process_index, self.accelerator.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(stream(self.config.seed, "lora dropout", self.step, micro, rank).initial_seed())
-            yield
+        network = self.learner.adaptation.network
+        with self.learner.averaged():
+            self.prepared.validation.render(network, self.folder.sample(self.step), f"step {self.step}")
 
-    def _render(self, prepared: Prepared) -> None:
-        if prepared.validation is None or not self.accelerator.is_main_process:
-            return
-        path = self.config.output / "samples" / f"step-{self.step:06d}.png"
-        with self._average.applied() if self._average else contextlib.nullcontext():
-            prepared.validation.render(self._adaptation.network, path, f"step {self.step}")
-
-    def _save(self, prepared: Prepared) -> None:
+    def _save(self) -> None:
         main = self.accelerator.is_main_process
-        publish = self._folder.checkpoint(self.step, self.config.keep_checkpoints) if main else None
-        with publish or contextlib.nullcontext(self._folder.unfinished(self.step)) as folder:
+        publish = self.folder.checkpoint(self.step, self.config.keep_checkpoints) if main else None
+        with publish or contextlib.nullcontext(self.folder.unfinished(self.step)) as folder:
             self.accelerator.wait_for_everyone()
-            if is_sharded(self.accelerator):
-                self.accelerator.save_state(str(folder / "sharded"))
-            elif main:
-                self._adaptation.save(folder)
-                if self._average is not None:
-                    with self._average.applied():
-                        self._adaptation.export(folder / "averaged", {}, None)
+            self.learner.save(folder)
             if main:
-                torch.save(
-                    {name: part.state_dict() for name, part in self._stateful().items()}, folder / "optimizer.pt"
-                )
                 about = {
                     "step": self.step,
-                    "data": prepared.fingerprint,
+                    "data": self.prepared.data.fingerprint,
+                    "weights": self._weights,
                     "processes": self.accelerator.num_processes,
-                    "probe": self._probe.to_dict(),
+                    "first_look": self.first_look,
+                    "warned": self._warned,
                 }
                 (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             self.accelerator.wait_for_everyone()
         if main:
-            draw_curves(self._folder.metrics, self.config.output / "curves.png")
+            draw_curves(self.folder.metrics, self.folder.curves, self.panels)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, checkpoint: Checkpoint, prepared: Prepared) -> None:
-        with checkpoint.read() as about:
-            if about["data"] != prepared.fingerprint:
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        about = checkpoint.about()
+        for name, now, what, why in (
+            ("data", self.prepared.data.fingerprint, "training data", "rows, captions or images changed"),
+            ("weights", self._weights, "model's weights", "another version, or trained since"),
+        ):
+            if about[name] != now:
                 raise InputError(
-                    f"the training data are not those that {str(self.config.output)!r} was begun with (rows, captions "
-                    "or images changed); restore them to resume, or choose another output"
+                    f"the {what} are not those that {str(self.config.output)!r} was begun with ({why}); "
+                    "restore them to resume, or choose another output"
                 )
-            if is_sharded(self.accelerator):
-                self.accelerator.load_state(str(checkpoint.path / "sharded"))
-            else:
-                self._adaptation.load(checkpoint.path)
-            # weights_only: tensors and plain containers, no code
-            states = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
-            for name, part in self._stateful().items():
-                part.load_state_dict(states[name])
-            self._probe = Probe(**about["probe"])
-            self.step = about["step"]
-            before, now = about["processes"], self.accelerator.num_processes
-        if before != now:
-            self._warn(f"begun with {before} processes and resumed with {now}: batches differ from an undisturbed run")
-
-    def _stateful(self) -> dict[str, Any]:
-        parts = {"schedule": self._schedule, "average": self._average}
-        if not is_sharded(self.accelerator):  # accelerate saves its own, not the schedule
-            parts |= {"optimizer": self.optimizer, "scaler": self.accelerator.scaler}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _export(self, folder: Path) -> list[Path]:
-        config = self.config
-        state = self.accelerator.get_state_dict(self.network) if is_sharded(self.accelerator) else None
-        if not self.accelerator.is_main_process:
-            return []
-        folder.mkdir(parents=True, exist_ok=True)
-        notes = {"mmalign_method": config.method, "mmalign_steps": str(self.step), "mmalign_base": config.model}
-        with self._average.applied() if self._average else contextlib.nullcontext():
-            return self._adaptation.export(folder, notes, state)
+        with checkpoint.damage_told():
+            self.learner.load(checkpoint.path)
+        self.step, self.first_look, self._warned = about["step"], about["first_look"], about["warned"]
+        before, count = about["processes"], self.accelerator.num_processes
+        if before != count:
+            self.warn(
+                f"step {self.step}: begun with {before} processes and resumed with {count}: batches differ from an "
+                "undisturbed run"
+            )
 
     def _start_loggers(self) -> None:
         if self.config.tensorboard or self.config.wandb:
@@ -424,24 +398,6 @@ class Trainer(ABC):
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self._folder.log({"step": self.step, **values})
+            self.folder.log({"step": self.step, **values})
         if self.config.tensorboard or self.config.wandb:
             self.accelerator.log(values, step=self.step)
-
-
-def _batch_of(outcome: tuple[object, tuple[Batch, Tensor | None] | UnreadableImageError]) -> Batch:
-    """A loaded batch; a failure is raised here, as leaving it out would shift all that follow."""
-    loaded = outcome[1]
-    if isinstance(loaded, UnreadableImageError):
-        raise loaded
-    return loaded[0]
-
-
-def _shown(values: dict[str, float]) -> dict[str, str]:
-    """What the progress bar has room for."""
-    shown = {"loss": f"{values['loss']:.4f}", "memory": f"{values['peak_memory_gb']:.1f} GB"}
-    if "margin_accuracy" in values:
-        shown["margin"] = f"{values['margin_accuracy']:.2f}"
-    if "winner_drift" in values:
-        shown["drift"] = f"{values['winner_drift']:+.1%}"
-    return shown

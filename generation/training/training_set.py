@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.encoders.stream import decode_ahead
 from mmalign.errors import InputError, UnreadableImageError
 from mmalign.imaging import FileContent, read_file, read_image
+from mmalign.prefetch import prefetch
 from mmalign.progress import progress_bar
 
 from ..data import CheckedData, Example, ImageRef, RowSource
@@ -21,7 +21,7 @@ from .cache import TensorStore, content_key
 from .denoiser import Batch, Conditioning
 from .encoding import LatentEncoder, PromptEncoder
 from .geometry import Placement, aspect_buckets, nearest_bucket, pixels, place
-from .randomness import chance, normal, timesteps
+from .randomness import BucketedBatches, chance, normal, stream, timesteps
 
 __all__ = ["EncodedSet", "Sample", "SampleOptions", "samples_of"]
 
@@ -97,6 +97,11 @@ class EncodedSet:
     """Samples with the encoders that turn them into latents and embeddings, and the store that keeps the results.
 
     Without a store everything is encoded whenever it is asked for, by the same code and to the same values.
+
+    Attributes:
+        samples: all of them.
+        fingerprint: of the checked data.
+        threaded: batches may be made in threads; without a store the VAE runs on the device, between steps.
     """
 
     def __init__(
@@ -107,8 +112,12 @@ class EncodedSet:
         latents: LatentEncoder,
         prompts: PromptEncoder,
         store: Path | None,
+        batch_size: int = 1,
     ) -> None:
         self.samples = list(samples)
+        self.fingerprint, self.threaded = checked.fingerprint, store is not None
+        self._size = batch_size
+        self._order = BucketedBatches([s.placement.target for s in self.samples], batch_size, options.seed)
         self._options, self._latents, self._prompts = options, latents, prompts
         self._source: RowSource = checked.source
         self._latent_store = TensorStore(store / "latents") if store else None
@@ -136,7 +145,19 @@ class EncodedSet:
                 self._prompt_store.write(key, self._prompts.encode(caption), self._options.dtype, name)
                 advance()
 
-    def batch(self, indices: Sequence[int], ordinals: Sequence[int]) -> Batch:
+    def batch(self, number: int) -> Batch:
+        """The batch of this number in the run: samples of one canvas, in an order that the seed gives."""
+        return self.assemble(self._order[number], range(number * self._size, (number + 1) * self._size))
+
+    def probe(self, size: int) -> Iterator[Batch]:
+        """`size` fixed samples at most, one by one, with fixed noise and timesteps spread evenly over the schedule."""
+        size, total = min(size, len(self.samples)), self._options.num_train_timesteps
+        order = torch.randperm(len(self.samples), generator=stream(self._options.seed, "probe")).tolist()
+        for number, index in enumerate(order[:size]):
+            batch = self.assemble([index], [-1 - number])
+            yield replace(batch, timesteps=torch.full_like(batch.timesteps, int((number + 0.5) / size * total)))
+
+    def assemble(self, indices: Sequence[int], ordinals: Sequence[int]) -> Batch:
         """Assemble a batch on the CPU.
 
         Args:
@@ -172,10 +193,6 @@ class EncodedSet:
             rewards=torch.tensor(rewards, dtype=torch.float32),
         )
 
-    def prompt(self, text: str | None) -> dict[str, Tensor]:
-        """Embeddings of any text (`None`: unconditional), without touching the store."""
-        return self._prompts.encode(text)
-
     def _latent(self, sample: Sample, member: int, flip: bool) -> Float[Tensor, "channels h w"]:
         key = self._latent_key(sample, member, flip)
         if self._latent_store is not None:
@@ -206,18 +223,15 @@ class EncodedSet:
                     found.add(key)
         total = sum(len(entries) for entries in missing.values())
 
-        def load(job: tuple[str, Sample, int, bool, object]) -> tuple[Placement, Tensor]:
+        def load(job: tuple[str, Sample, int, bool, object]) -> Tensor:
             _, sample, member, flip, contents = job
-            image = self._decode(sample, member, contents)
-            return sample.placement, pixels(image, sample.placement, flip=flip)
+            return pixels(self._decode(sample, member, contents), sample.placement, flip=flip)
 
         with progress_bar("encoding images", total, enabled=progress and bool(total)) as advance:
-            for job, loaded in decode_ahead(self._jobs(missing), load, ahead=8, workers=workers):
+            for (key, sample, *_), loaded in prefetch(self._jobs(missing), load, ahead=8, workers=workers):
                 if isinstance(loaded, UnreadableImageError):
                     raise loaded
-                key, sample = job[0], job[1]
-                assert loaded[1] is not None
-                latent = self._latents.encode(loaded[1], key)
+                latent = self._latents.encode(loaded, key)
                 store.write(key, {"latent": latent}, self._options.dtype, sample.name)
                 advance()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmalign.imaging.contact_sheet import draw_contact_sheet
 
+from ..pipelines import denoiser_of
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
 
@@ -60,7 +61,7 @@ class Validation:
         return draw_contact_sheet(rows, path, cell=min(512, max(256, self._config.resolution)))
 
     def _sample(self, embeddings: dict[str, Tensor], device: torch.device, seed: int) -> Tensor:
-        dtype = next(self._pipeline.unet.parameters()).dtype
+        dtype = next(denoiser_of(self._pipeline)[1].parameters()).dtype
         guided: dict[str, Any] = {name: value[None].to(device, dtype) for name, value in embeddings.items()}
         guided |= {f"negative_{name}": value[None].to(device, dtype) for name, value in self._unconditional.items()}
         config = self._config

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmalign.errors import InputError
+from generation.data.rows import MAX_PIXELS, MIN_SIDE
 
 from .options import PARTIAL, Device, say
 
 if TYPE_CHECKING:
-    from generation.data import CheckedData, Problem
+    from generation.data import Problem
 
 __all__ = ["data_app"]
 
@@ -27,6 +27,7 @@ data_app = typer.Typer(no_args_is_help=True)
 
 
 class _Kind(str, Enum):
+    auto = "auto"
     pairs = "pairs"
     images = "images"
 
@@ -50,15 +51,19 @@ def data_check(
         str | None,
         typer.Option(help="Of datasets:NAME or save_to_disk (default: train), or of a folder of Parquet files."),
     ] = None,
-    kind: Annotated[_Kind, typer.Option(help="Preference pairs, or single captioned images.")] = _Kind.pairs,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Leave out larger images, without decoding them.")
-    ] = 50_000_000,
-    min_side: Annotated[int, typer.Option(min=1, help="Leave out images with a shorter side, in pixels.")] = 64,
+    kind: Annotated[
+        _Kind, typer.Option(help="Preference pairs, single captioned images, or what the data are.")
+    ] = _Kind.auto,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Leave out images of more pixels.")] = MAX_PIXELS,
+    min_side: Annotated[int, typer.Option(min=1, help="Leave out images with a shorter side, in pixels.")] = MIN_SIDE,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. (default: one a core)")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write all problems here, one JSON object a line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write all problems to this file, one JSON object a line.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if any row is left out.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse data with rows that cannot be used: exit code 1.")
+    ] = False,
     filter_encoder: Annotated[
         str | None, typer.Option(help="Score rows by the cosine of caption and image in this encoder (a spec).")
     ] = None,
@@ -78,7 +83,7 @@ def data_check(
     Exit codes: 0 all rows are usable, 4 some are left out, 1 none is usable,
     or some are left out and --strict.
     """
-    from generation.data import check_data
+    from generation.data import NothingUsableError, check_data
     from generation.rewards import CosineReward
 
     reward = None
@@ -86,31 +91,34 @@ def data_check(
         from mmalign.encoders import load_encoder
 
         reward = CosineReward(load_encoder(filter_encoder, device=device))
-    checked = check_data(
-        data,
-        split=split,
-        kind=kind.value,
-        max_pixels=max_pixels,
-        min_side=min_side,
-        workers=workers,
-        progress=not quiet,
-        reward=reward,
-        min_score=min_score,
-        min_margin=min_margin,
-        allow_empty=True,
-    )
-    if report is not None:
+    refused = None
+    try:
+        checked = check_data(
+            data,
+            split=split,
+            kind=kind.value,
+            max_pixels=max_pixels,
+            min_side=min_side,
+            reward=reward,
+            min_score=min_score,
+            min_margin=min_margin,
+            workers=workers,
+            progress=not quiet,
+        )
+    except NothingUsableError as error:
+        checked, refused = error.checked, error
+    if out is not None:
         from generation.data.memory import write_json_lines
 
-        write_json_lines(report, map(asdict, checked.problems))
-    summary = _summary(checked)
+        write_json_lines(out, map(asdict, checked.problems))
+    summary = checked.to_dict()
     if as_json:
         print(json.dumps({**summary, "problems": [asdict(problem) for problem in _first_of_each(checked.problems)]}))
     else:
-        _print(summary, checked.problems, report)
+        _print(summary, checked.problems, out)
     sys.stdout.flush()  # before what standard error says of it
-    if not checked.examples:
-        raise InputError(_nothing_usable(checked, kind.value))
+    if refused is not None:
+        raise refused
     if checked.left_out:
         if strict:
             rows = "1 row" if checked.left_out == 1 else f"{checked.left_out:,} rows"
@@ -119,38 +127,10 @@ def data_check(
         raise typer.Exit(PARTIAL)
 
 
-def _nothing_usable(checked: CheckedData, kind: str) -> str:
-    if not len(checked.source):
-        return f"{checked.source.name!r} holds no rows; give other data"
-    wrong, other = {"pairs": ("is one image,", "images"), "images": ("is a pair,", "pairs")}[kind]
-    if checked.problems and all(problem.message.startswith(wrong) for problem in checked.problems):
-        return f"{checked.source.name!r} holds {other}, not {kind}; check them with --kind {other}"
-    return f"no row of {checked.source.name!r} can be used; mend the rows listed, or give other data"
-
-
-def _summary(checked: CheckedData) -> dict[str, Any]:
-    winners = Counter(example.images[example.winner] for example in checked.examples)
-    sizes: Counter[str] = Counter()
-    for image, count in winners.items():
-        sizes[f"{image.width}x{image.height}"] += count
-    return {
-        "source": checked.source.name,
-        "rows": len(checked.source),
-        "usable": len(checked.examples),
-        "left_out": checked.left_out,
-        "captions": len({example.caption for example in checked.examples}),
-        "images": len({image.sha256 for example in checked.examples for image in example.images}),
-        "sizes": dict(sizes.most_common()),
-        "reasons": checked.reasons(fatal=True),
-        "notes": checked.reasons(fatal=False),
-        "fingerprint": checked.fingerprint,
-    }
-
-
-def _print(summary: dict[str, Any], problems: list[Problem], report: Path | None) -> None:
+def _print(summary: dict[str, Any], problems: list[Problem], out: Path | None) -> None:
     sizes = [f"{size} ({count:,})" for size, count in summary["sizes"].items()]
     lines = {
-        "source": summary["source"],
+        "source": f"{summary['source']} ({summary['kind']})",
         "rows": f"{summary['rows']:,}: {summary['usable']:,} usable, {summary['left_out']:,} left out",
         "captions": f"{summary['captions']:,} distinct",
         "images": f"{summary['images']:,} distinct",
@@ -166,7 +146,7 @@ def _print(summary: dict[str, Any], problems: list[Problem], report: Path | None
         name = problem.name if problem.name.isprintable() else repr(problem.name)
         print(f"{'left out' if problem.fatal else 'note'} ({problem.reason}): {name}: {problem.message}")
     if len(shown) < len(problems):
-        where = f"all are in {report}" if report else "--report FILE.jsonl writes them all"
+        where = f"all are in {out}" if out else "--out FILE.jsonl writes them all"
         print(f"... and {len(problems) - len(shown):,} more; {where}")
 
 

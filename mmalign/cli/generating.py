@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, reason_of
 
 from .options import Device, print_paths, say
 
@@ -23,8 +23,6 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
-            "-m",
             help="A hub id, a pipeline's folder, a .safetensors file, or tiny:sdxl (random weights, to try things "
             "out). (default: SDXL base 1.0 of stabilityai)",
         ),
@@ -38,25 +36,30 @@ def generate(
     adapter_weight: Annotated[
         list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")
     ] = None,
-    negative: Annotated[str | None, typer.Option(help="What to move away from.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: random)")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", "-k", min=1, help="Images of each prompt.")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to move away from.")] = None,
+    images_per_prompt: Annotated[
+        int, typer.Option("--images-per-prompt", "-k", min=1, help="Images of each prompt.")
+    ] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")] = None,
-    guidance: Annotated[
+    guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn together. (default: 4)")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("generated"),
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("generated"),
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn together. (default: 4)")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: random)")
+    ] = None,
     grid: Annotated[Path | None, typer.Option(help="Also draw all images into this picture (.png, .jpg).")] = None,
     settings: Annotated[
         Path | None, typer.Option(help="Draw nothing: print what this saved image was made from, as JSON.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object an image: path, prompt, seed and settings.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Draw images of prompts; each is saved with everything needed to draw it again.
@@ -90,34 +93,37 @@ def generate(
         unet=unet,
         adapter=adapter,
         adapter_weight=weights[0] if len(weights) == 1 else weights,
-        negative_prompt=negative,
-        seed=seed,
-        images_per_prompt=count,
+        negative_prompt=negative_prompt,
+        images_per_prompt=images_per_prompt,
         steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance_scale,
         height=height,
         width=width,
-        batch_size=batch_size,
+        out=out,
         device=device,
         dtype=dtype,
-        out=out,
+        batch_size=batch_size,
+        seed=seed,
         progress=not quiet,
     )
     drawn = []
     for image in images:
-        if image.path is not None:
+        assert image.path is not None
+        drawn.append((image.prompt, image.seed, image.path))
+        if as_json:
+            print(json.dumps(image.to_dict()), flush=True)
+        else:
             print_paths([image.path], "\n")
-            drawn.append((image.prompt, image.seed, image.path))
     if grid is not None:
-        _draw_grid(drawn, count, grid)
+        _draw_grid(drawn, images_per_prompt, grid)
 
 
 def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"prompts file {file} cannot be read ({reason})") from None
+        reason = reason_of(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"prompts file {file} cannot be read ({reason}); give a text file") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .options import (
-    PARTIAL,
-    Device,
-    IndexArgument,
-    say,
-)
+from .options import PARTIAL, Device, IndexArgument, Out, Quiet, say
 
 if TYPE_CHECKING:
     from retrieval import ImageIndex, UpdateReport
@@ -36,7 +33,9 @@ index_app = typer.Typer(cls=_DefaultToBuild, no_args_is_help=True)
 @index_app.command("build", epilog="Also: mmalign index merge | import | export, each with --help.")
 def index_build(
     folder: Annotated[Path, typer.Argument(help="Images, at any depth.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Where the index goes. (default: FOLDER/.mmalign)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the index goes. (default: FOLDER/.mmalign)")
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +88,8 @@ def index_build(
     allow_removals: Annotated[
         bool, typer.Option("--allow-removals", help="Drop vanished images even if they are more than a half.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Index a folder of images. Run it again to bring the index up to date: only what changed is read.
 
@@ -105,7 +105,7 @@ def index_build(
         "tolerate_truncation": tolerate_truncation,
         "max_pixels": max_pixels,
         "factory": factory,
-        "wanted_recall": recall,
+        "recall": recall,
         "follow_links": follow_links,
         "all_files": all_files,
         "hidden": hidden,
@@ -124,7 +124,10 @@ def index_build(
         progress=not quiet,
         **{name: value for name, value in options.items() if value is not None},
     )
-    _print_report(index, report)
+    if as_json:
+        print(json.dumps({"index": os.fspath(index.folder), "images": len(index), **report.to_dict()}))
+    else:
+        _print_report(index, report)
     if report.skipped or report.withheld_removals:
         raise typer.Exit(PARTIAL)
 
@@ -136,14 +139,11 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
     }  # fmt: skip
     said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing to do"
     speed = f" ({report.encoded_per_second:,.1f} images/s)" if report.encoded_per_second else ""
-    say(f"{len(index):,} images in {index.store.folder}: {said}; {report.seconds:,.1f} s{speed}")
+    say(f"{len(index):,} images in {index.folder}: {said}; {report.seconds:,.1f} s{speed}")
     for entry in report.skipped[:10]:
         say(f"  skipped ({entry['reason']}): {entry['message']}")
     if len(report.skipped) > 10:
-        say(
-            f"  ... and {len(report.skipped) - 10:,} more skipped; "
-            f"`mmalign info {index.store.folder} --skipped` lists them"
-        )
+        say(f"  ... and {len(report.skipped) - 10:,} more skipped; `mmalign info {index.folder} --skipped` lists them")
     if report.metadata_unmatched:
         say(f"  {report.metadata_unmatched:,} metadata rows name no indexed file")
     if report.withheld_removals:
@@ -165,21 +165,23 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
 
 @index_app.command("merge")
 def index_merge(
-    out: Annotated[Path, typer.Argument(help="The new index.", show_default=False)],
     parts: Annotated[list[Path], typer.Argument(help="Indexes made with the same encoder.", show_default=False)],
+    out: Out,
     factory: Annotated[str | None, typer.Option(help="FAISS factory string. (default: chosen by size)")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Join indexes made with --shard, or any made with the same encoder, into a new one."""
     from retrieval import merge_indexes
 
-    index = merge_indexes(out, parts, factory=factory, progress=True)
-    say(f"{len(index):,} images in {index.store.folder}")
+    index = merge_indexes(parts, out, factory=factory, progress=not quiet)
+    say(f"{len(index):,} images in {index.folder}")
 
 
 @index_app.command("import")
 def index_import(
     folder: Annotated[Path, typer.Argument(help="Output of clip-retrieval inference.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The new index.", show_default=False)],
+    out: Out,
+    factory: Annotated[str | None, typer.Option(help="FAISS factory string. (default: chosen by size)")] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -187,22 +189,18 @@ def index_import(
         ),
     ] = None,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Take over a clip-retrieval collection (npy shards and Parquet) without embedding it again."""
-    from mmalign.encoders import load_encoder
     from retrieval import import_clip_retrieval
 
-    loaded = load_encoder(encoder, device=device) if encoder else None
-    index = import_clip_retrieval(folder, out, encoder=loaded, progress=True)
-    say(f"{len(index):,} images in {index.store.folder}")
+    index = import_clip_retrieval(folder, out, factory=factory, encoder=encoder, device=device, progress=not quiet)
+    say(f"{len(index):,} images in {index.folder}")
 
 
 @index_app.command("export")
-def index_export(
-    index: IndexArgument,
-    folder: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
-) -> None:
+def index_export(index: IndexArgument, out: Out, quiet: Quiet = False) -> None:
     """Write vectors and metadata in clip-retrieval's layout (npy shards and Parquet)."""
     from retrieval import ImageIndex, export_clip_retrieval
 
-    say(f"written to {export_clip_retrieval(ImageIndex.open(index), folder, progress=True)}")
+    say(f"written to {export_clip_retrieval(ImageIndex.open(index), out, progress=not quiet)}")

@@ -8,12 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    AsJson,
-    Device,
-    IndexArgument,
-    say,
-)
+from .options import AsJson, Device, Encoder, IndexArgument, Quiet, say
 
 __all__ = ["encoders", "eval_app", "info", "verify"]
 
@@ -40,8 +35,8 @@ def info(
         "index": about["folder"],
         "folders": ", ".join(about["roots"]) or "-",
         "images": f"{about['images']:,} ({about['distinct']:,} distinct, {about['skipped']:,} skipped)",
-        "encoder": f"{encoder['spec']}  {encoder['dim']} dimensions, {encoder.get('dtype', '-')}, "
-        f"fingerprint {str(encoder.get('fingerprint'))[:12]}",
+        "encoder": f"{encoder['spec'] or 'not recorded'}  {encoder['dim']} dimensions, {encoder['dtype'] or '-'}, "
+        f"fingerprint {(encoder['fingerprint'] or '-')[:12]}",
         "faiss": f"{faiss['factory']} over {faiss['rows']:,} vectors, {faiss['parameters'] or 'no parameters'}, "
         f"{faiss['candidates']} candidates a result"
         if faiss
@@ -63,20 +58,27 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Rebuild what can be derived from the stored vectors.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as one JSON object.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every file of an index against its checksum; name what is damaged and the remedy."""
-    from retrieval.repair import diagnose
-    from retrieval.repair import repair as repair_index
+    from retrieval import diagnose
+    from retrieval import repair as repair_index
 
-    if repair:
-        for line in repair_index(index):
+    done = repair_index(index, progress=not quiet) if repair else []
+    # A repair has compared every file with its checksum.
+    problems = diagnose(index, contents=not repair, progress=not quiet)
+    if as_json:
+        print(json.dumps({"repaired": done, "problems": [problem.to_dict() for problem in problems]}))
+    else:
+        for line in done:
             say(line)
-    problems = diagnose(index)
-    for problem in problems:
-        print(problem)
+        for problem in problems:
+            print(problem)
     if problems:
         raise typer.Exit(1)
-    say("all files are as they were written")
+    if not as_json:
+        say("all files are as they were written")
 
 
 def encoders(
@@ -99,15 +101,18 @@ def eval_retrieval(
     captions: Annotated[
         Path, typer.Option(help="JSON lines with `file` and `captions` (or `caption`).", show_default=False)
     ],
-    as_json: AsJson = False,
+    encoder: Encoder = None,
     device: Device = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling behind the intervals.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure text-to-image and image-to-text retrieval on your own captions."""
-    from retrieval import ImageIndex
-    from retrieval.evaluate import evaluate_captions, read_captions
+    from retrieval import ImageIndex, evaluate_captions, read_captions
 
     pairs = read_captions(captions)
-    result = evaluate_captions(ImageIndex.open(index, device=device), pairs, progress=not as_json)
+    opened = ImageIndex.open(index, encoder=encoder, device=device)
+    result = evaluate_captions(opened, pairs, seed=seed, progress=not quiet)
     if as_json:
         print(json.dumps(result))
         return

@@ -19,9 +19,13 @@ __all__ = [
     "AsPaths",
     "Count",
     "Device",
+    "Encoder",
     "Grid",
     "IndexArgument",
     "MinMatch",
+    "MinScore",
+    "Out",
+    "Quiet",
     "Where",
     "print_paths",
     "say",
@@ -31,6 +35,16 @@ NO_RESULT, PARTIAL, INTERRUPTED = 3, 4, 130
 
 IndexArgument = Annotated[Path, typer.Argument(help="An index, or a folder that was indexed.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. (default: the fastest present)")]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        "-e",
+        help="The index's own encoder, where its folder has moved since. (default: the recorded one)",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A new folder.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Where = Annotated[
     list[str] | None,
     typer.Option(
@@ -49,6 +63,9 @@ MinMatch = Annotated[
         help="Leave out results whose match is lower; 0.8 keeps what clearly stands out from this index. "
         "Exit code 3 says that nothing is left.",
     ),
+]
+MinScore = Annotated[
+    float | None, typer.Option(min=-1, max=1, help="Leave out results whose cosine is lower.", show_default=False)
 ]
 AsPaths = Annotated[bool, typer.Option("--paths", "-p", help="Print paths only, one a line, for pipes.")]
 AsNull = Annotated[bool, typer.Option("--null", "-0", help="As --paths, ended by NUL, for xargs -0 and odd names.")]

@@ -18,9 +18,12 @@ from .options import (
     AsPaths,
     Count,
     Device,
+    Encoder,
     Grid,
     IndexArgument,
     MinMatch,
+    MinScore,
+    Quiet,
     Where,
     print_paths,
     say,
@@ -47,11 +50,13 @@ def search(
     count: Count = 10,
     where: Where = None,
     min_match: MinMatch = None,
+    min_score: MinScore = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector instead of asking FAISS.")] = False,
     paths: AsPaths = False,
     null: AsNull = False,
     as_json: AsJson = False,
     grid: Grid = None,
+    encoder: Encoder = None,
     device: Device = None,
 ) -> None:
     """Find images by words, by an image, or by several of both.
@@ -62,17 +67,17 @@ def search(
     """
     from retrieval.query import parse_term
 
-    index, words = _index_and_terms(terms, device)
+    index, words = _index_and_terms(terms, encoder, device)
     query = [parse_term(word) for word in words] + [parse_term(word, -1.0) for word in minus or []]
-    hits = index.search(query, count, where=where, min_match=min_match, exact=exact)
+    hits = index.search(query, count, where=where, min_match=min_match, min_score=min_score, exact=exact)
     title = " + ".join(words) + "".join(f" - {word}" for word in minus or [])
     _print_hits(title, hits, paths, null, as_json, grid)
 
 
-def _index_and_terms(terms: list[str], device: str | None) -> tuple[ImageIndex, list[str]]:
+def _index_and_terms(terms: list[str], encoder: str | None, device: str | None) -> tuple[ImageIndex, list[str]]:
     """The first term may name the index; otherwise it is looked for here."""
     from retrieval import ImageIndex
-    from retrieval.index import find_index
+    from retrieval.storage import find_index
 
     try:
         folder, words = find_index(terms[0]), terms[1:]
@@ -88,7 +93,7 @@ def _index_and_terms(terms: list[str], device: str | None) -> tuple[ImageIndex, 
             ) from None
     if not words:
         raise InputError('what to look for is missing; give words or an image: mmalign search INDEX "a red bicycle"')
-    return ImageIndex.open(folder, device=device), words
+    return ImageIndex.open(folder, encoder=encoder, device=device), words
 
 
 def similar(
@@ -99,18 +104,20 @@ def similar(
     count: Count = 10,
     where: Where = None,
     min_match: MinMatch = None,
+    min_score: MinScore = None,
     paths: AsPaths = False,
     null: AsNull = False,
     as_json: AsJson = False,
     grid: Grid = None,
+    encoder: Encoder = None,
     device: Device = None,
 ) -> None:
     """Find the images most like one."""
     from retrieval import ImageIndex
 
-    opened = ImageIndex.open(index, device=device)
+    opened = ImageIndex.open(index, encoder=encoder, device=device)
     wanted = int(image) if image.isdigit() and not Path(image).exists() else image
-    hits = opened.similar(wanted, count, where=where, min_match=min_match)
+    hits = opened.similar(wanted, count, where=where, min_match=min_match, min_score=min_score)
     _print_hits(f"like {image}", hits, paths, null, as_json, grid)
 
 
@@ -126,6 +133,7 @@ def duplicates(
     ] = None,
     paths: AsPaths = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List images that are the same: groups of equal files, and with --near of nearly equal pictures.
 
@@ -133,7 +141,7 @@ def duplicates(
     """
     from retrieval import ImageIndex
 
-    groups = ImageIndex.open(index).duplicates(near)
+    groups = ImageIndex.open(index).duplicates(near, progress=not quiet)
     for number, group in enumerate(groups, 1):
         if as_json:
             print(json.dumps({"group": number, "paths": [os.fspath(item.path) for item in group]}))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,32 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["train_app"]
 
-_HELP = {
-    "mapo": "MaPO: preference pairs, no reference model (arXiv 2406.06424).",
-    "diffusion-dpo": "Diffusion-DPO: preference pairs against a frozen reference (arXiv 2311.12908).",
-    "rwl": "Reward-weighted likelihood: scored images (arXiv 2302.12192).",
-    "sft": "Plain fine-tuning on preferred or captioned images.",
-}
-
-
-# The field that begins a group of settings, and the group's heading.
-_PANELS = {
-    "data": "Options",
-    "split": "Data",
-    "adaptation": "What is trained",
-    "steps": "Optimisation",
-    "checkpoint_every": "Checkpoints and looking on",
-}
-
 
 class _MethodGroup(TyperGroup):
     """Makes a method's command when it is asked for: its config needs pydantic, its trainer torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(_HELP)
+        from generation.methods import METHODS
+
+        return list(METHODS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _HELP:
+        if cmd_name not in self.list_commands(ctx):
             return None
         if cmd_name not in self.commands:
             self.commands[cmd_name] = _command(cmd_name)
@@ -82,11 +69,12 @@ def _train() -> None:
 def _command(method: str) -> Any:
     from generation.methods import METHODS
 
+    kind = METHODS[method].config_class
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     app.command(
         cls=_MethodCommand,
-        help=_HELP[method] + _EXPLANATION,
-        epilog=_EPILOG.format(method=method, more=_MORE.get(method, "")),
+        help=f"{kind.summary}\n\nDATA: {kind.data_kinds}\n{_EXPLANATION}",
+        epilog=_EPILOG.format(method=method, example=kind.example),
     )(_function(METHODS[method]))
     command = typer.main.get_command(app)
     command.name = method
@@ -94,11 +82,6 @@ def _command(method: str) -> Any:
 
 
 _EXPLANATION = """
-
-DATA: Parquet (jpg_0, jpg_1, label_0, caption); a folder with metadata.jsonl,
-with winner/ and loser/, or of save_to_disk; datasets:NAME.
-`mmalign data check --help` says more of them.
-
 Settings rise in rank: defaults, --preset, --config FILE.yaml, options.
 All are written to OUTPUT/config.yaml. What is on or off has both --NAME and
 --no-NAME, e.g. --no-cache.
@@ -106,14 +89,11 @@ All are written to OUTPUT/config.yaml. What is on or off has both --NAME and
 Rows are checked before anything else. Ctrl-C saves a checkpoint; the same
 command resumes.
 """
-_EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train {method} DATA OUTPUT{more} --dry-run"
-_MORE = {"rwl": " --pretraining-data IMAGES"}
+_EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train {method} {example} --dry-run"
 
 
 def _function(trainer: type[Trainer]) -> Callable[..., None]:
     """A function whose signature typer turns into options: one per field, all unset unless given."""
-    from generation.training.configuration import TrainingConfig
-
     config_class = trainer.config_class
     hints = get_type_hints(config_class)
 
@@ -126,13 +106,11 @@ def _function(trainer: type[Trainer]) -> Callable[..., None]:
         _parameter("config", Path | None, typer.Option("--config", "-c", help="YAML file of settings."), None),
         _parameter("quiet", bool, typer.Option("--quiet", "-q", help="No progress bar."), False),
     ]
-    shared = {field.name for field in dataclasses.fields(TrainingConfig)}
-    panel = "Options"
     for field in dataclasses.fields(config_class):
-        panel = _PANELS.get(field.name, panel)
         if field.name not in ("data", "output", "progress"):
-            own = f"Options of {config_class.method}"
-            parameters.append(_option(field, hints[field.name], panel if field.name in shared else own))
+            about: Any = field.default
+            panel = about.json_schema_extra["panel"] or f"Options of {config_class.method}"
+            parameters.append(_option(field, hints[field.name], panel))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
@@ -167,18 +145,30 @@ def _parameter(name: str, hint: Any, about: Any, default: Any) -> inspect.Parame
     )
 
 
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """On standard error, while the run goes."""
+    log, handler = logging.getLogger("generation.training"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options: dict[str, Any]) -> None:
-    from generation.training.configuration import load_config
+    from generation.training.configuration import load_config, read_yaml
 
     given = {name: value for name, value in options.items() if value not in (None, [])}
-    if quiet:
-        given["progress"] = False
+    given["progress"] = not quiet and (read_yaml(file) if file else {}).get("progress", True)
     config = load_config(trainer.config_class, given, file)
     if not config.data or config.output == Path():
         absent = "run folder" if config.data else "training data"
-        usage = f"mmalign train {config.method} DATA OUTPUT"
+        usage = f"mmalign train {config.method} {config.example}"
         raise InputError(f"no {absent} given; say {usage}, or name data and output in the --config file")
-    report = trainer(config).train()
+    with _warnings_shown():
+        report = trainer(config).train()
     if int(os.environ.get("RANK", "0")):  # one of several processes speaks
         return
     for path in report.exported:

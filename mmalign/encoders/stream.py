@@ -1,13 +1,9 @@
-"""Decode ahead in threads, encode in batches, keep the order: what feeds every image encoder."""
+"""Decode ahead, encode in batches, keep the order: what feeds every image encoder."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -17,11 +13,12 @@ from torch import Tensor
 
 from ..checks import at_least
 from ..errors import UnreadableImageError
+from ..prefetch import prefetch
 
 if TYPE_CHECKING:
     from .encoder import Encoder
 
-__all__ = ["EncodedBatch", "Outcome", "decode_ahead", "default_workers", "encode_stream"]
+__all__ = ["EncodedBatch", "Outcome", "encode_stream"]
 
 Source = TypeVar("Source")
 Payload = TypeVar("Payload")
@@ -43,39 +40,6 @@ class EncodedBatch(Generic[Source, Payload]):
 
     vectors: Float[np.ndarray, "encoded dim"]
     outcomes: list[Outcome[Source, Payload]]
-
-
-def default_workers() -> int:
-    """Decoding threads: the cores this process may use. Pillow and torchvision release the GIL."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def decode_ahead(
-    sources: Iterable[Source],
-    load: Callable[[Source], tuple[Payload, Tensor | None]],
-    *,
-    ahead: int,
-    workers: int | None = None,
-) -> Iterator[tuple[Source, tuple[Payload, Tensor | None] | UnreadableImageError]]:
-    """Yield each source with what `load` made of it, in order, at most `ahead` of them decoded and waiting."""
-    pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="mmalign-decode")
-    waiting: deque[tuple[Source, Future[tuple[Payload, Tensor | None]]]] = deque()
-    iterator = iter(sources)
-    try:
-        while True:
-            for source in islice(iterator, max(ahead, 1) - len(waiting)):
-                waiting.append((source, pool.submit(load, source)))
-            if not waiting:
-                return
-            source, future = waiting.popleft()
-            loaded: tuple[Payload, Tensor | None] | UnreadableImageError
-            try:
-                loaded = future.result()
-            except UnreadableImageError as error:
-                loaded = error
-            yield source, loaded
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def encode_stream(
@@ -108,7 +72,7 @@ def encode_stream(
     size = batch_size or encoder.default_batch_size
     pixels: list[Tensor] = []
     outcomes: list[Outcome[Source, Payload]] = []
-    for source, loaded in decode_ahead(sources, load, ahead=3 * size, workers=workers):
+    for source, loaded in prefetch(sources, load, ahead=3 * size, workers=workers):
         if isinstance(loaded, UnreadableImageError):
             outcomes.append(Outcome(source, error=loaded))
         elif loaded[1] is None:

@@ -151,7 +151,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot write the cache .*make room") as caught:
+        with pytest.raises(InputError, match=r"cannot be written .*make room .* or set cache_dir") as caught:
             store.write("cd" * 32, {"latent": torch.ones(100_000)}, torch.float32, "row 2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(InputError, match="cannot write the cache"):
+    with pytest.raises(InputError, match=r"cannot be written .*cache_dir"):
         TensorStore(tmp_path / "cache").write(KEY, {"latent": torch.ones(1)}, torch.float32, "row 1")
 
 
@@ -201,7 +201,7 @@ def test_a_vae_that_fails_on_one_image_names_its_row(
     assert len(files(tmp_path)) == 5
     Overflowing.calls = 5
     with pytest.raises(InputError, match=r"^metadata.jsonl line 1: latent is not finite"):
-        build(None, latents=Overflowing())[0].batch([0], [0])
+        build(None, latents=Overflowing())[0].assemble([0], [0])
 
 
 def test_a_second_filling_encodes_nothing(build: Build, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_equal_images_and_captions_are_encoded_once(photo_pairs: Path, build: Bu
     made = build(tmp_path / "cache", checked)
     assert fill(made) == (3, 3)  # a, b, c; one, two, unconditional
     assert len(files(tmp_path / "cache")) == 6
-    batch = made[0].batch([0, 1], [0, 1])
+    batch = made[0].assemble([0, 1], [0, 1])
     assert torch.equal(batch.latents[0], batch.latents[1])
 
 
@@ -316,7 +316,7 @@ def test_an_image_that_changed_since_the_check_is_refused(photo_pairs: Path, bui
     with pytest.raises(InputError, match=r"metadata.jsonl line 3 has changed since it was checked"):
         fill(build(tmp_path / "cache", checked))
     with pytest.raises(InputError, match=r"metadata.jsonl line 3 has changed since it was checked"):
-        build(None, checked)[0].batch([2], [0])
+        build(None, checked)[0].assemble([2], [0])
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_cached_batches_equal_uncached_ones_bit_for_bit(
     fill(cached)
     encoded = len(cached[1].calls), len(cached[2].calls)
     for indices, ordinals in one_canvas_each(cached[0]):
-        one, other = (made[0].batch(indices, ordinals) for made in (cached, fresh))
+        one, other = (made[0].assemble(indices, ordinals) for made in (cached, fresh))
         assert one.names == other.names
         for name in ("latents", "noise", "timesteps", "rewards"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name

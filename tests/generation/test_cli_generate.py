@@ -54,13 +54,40 @@ def test_images_are_saved_and_named(run: Run, tmp_path: Path) -> None:
 
 def test_options_reach_the_pipeline(run: Run) -> None:
     code, out, err = run(
-        *("x", "--out", "there", "--negative", "dull", "--guidance", "3", "--height", "48", "--width", "72"),
+        *(
+            "x",
+            "--out",
+            "there",
+            "--negative-prompt",
+            "dull",
+            "--guidance-scale",
+            "3",
+            "--height",
+            "48",
+            "--width",
+            "72",
+        ),
         *("--dtype", "bfloat16", "--batch-size", "1", "--quiet"),
     )
     assert (code, err) == (0, "")
     settings = json.loads(run("--settings", out.strip(), tiny=False)[1])
     wanted = {"negative_prompt": "dull", "guidance_scale": 3.0, "height": 48, "width": 72, "dtype": "bfloat16"}
     assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_images_as_json(run: Run) -> None:
+    code, out, err = run("a dog", "a cat", "--images-per-prompt", "2", "--seed", "3", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        ("a dog", 3),
+        ("a dog", 4),
+        ("a cat", 5),
+        ("a cat", 6),
+    ]
+    for line in lines:
+        saved = json.loads(run("--settings", line["path"], tiny=False)[1])
+        assert saved == {"prompt": line["prompt"], "seed": line["seed"], **line["settings"]}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from generation.methods import METHODS, MaPOConfig, RewardWeightedConfig
@@ -16,6 +17,8 @@ from generation.training.configuration import (
     differences,
     dry_run_of,
     load_config,
+    setting,
+    settings,
     to_dict,
     write_config,
 )
@@ -33,10 +36,10 @@ OTHER: dict[str, Any] = {
     "lora_dropout": 0.2, "dora": True, "rslora": True, "steps": 7, "batch_size": 3, "accumulation": 5,
     "learning_rate": 3e-7, "lr_schedule": "cosine", "warmup_steps": 10, "optimizer": "adamw8bit",
     "adam_betas": (0.8, 0.95), "weight_decay": 0.0, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "ema_decay": 0.9999,
-    "precision": "bfloat16", "gradient_checkpointing": True, "seed": 2**63, "device": "cpu", "checkpoint_every": 9,
+    "dtype": "bfloat16", "gradient_checkpointing": True, "seed": 2**63 - 1, "device": "cpu", "checkpoint_every": 9,
     "keep_checkpoints": 1, "probe_every": 4, "probe_size": 0, "validation_prompts": ["a: 'dog'", "- 猫", "yes"],
     "validate_every": 2, "validation_steps": 3, "validation_guidance": 0.0, "tensorboard": True, "wandb": "no",
-    "progress": False,
+    "progress": True,
 }  # fmt: skip
 # Settings that decide nothing about the numbers of a step.
 FREE = {
@@ -120,6 +123,43 @@ def test_every_value_is_echoed_and_read_again(kind: type[TrainingConfig], tmp_pa
     assert all(getattr(config, name) != getattr(default, name) for name in shared)
 
 
+def test_python_is_told_the_same_as_the_command_line() -> None:
+    """Presets, refusals and suggestions do not need `load_config`."""
+    config = MaPOConfig(preset="24gb", accumulation=2)
+    assert (config.batch_size, config.gradient_checkpointing, config.accumulation) == (4, True, 2)
+    for make in (
+        lambda: MaPOConfig(preset="zz"),
+        lambda: MaPOConfig(rank=0, steps=0),
+        lambda: MaPOConfig(learning_rte=1e-5),  # type: ignore[call-arg]
+        lambda: MaPOConfig(preset="24gb", adaptation="full"),
+        lambda: MaPOConfig(seed=2**63),
+        lambda: dataclasses.replace(config, rank=0),
+        lambda: setattr(config, "rank", 0),
+        lambda: setattr(config, "learning_rte", 1e-5),
+        lambda: setattr(config, "preset", "48gb"),
+    ):
+        with pytest.raises(InputError) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="did you mean learning_rate"):
+        MaPOConfig(learning_rte=1e-5)  # type: ignore[call-arg]
+    config.rank = 7
+    assert config.rank == 7
+    assert MaPOConfig(dtype=torch.bfloat16).dtype == "bfloat16"  # type: ignore[arg-type]
+
+
+def test_a_class_of_ones_own_settings_is_told_alike() -> None:
+    @settings
+    class OwnConfig(MaPOConfig):
+        strength: float = setting(1.0, "How much.", ge=0)
+
+    assert OwnConfig(strength=2, preset="48gb").batch_size == 2
+    with pytest.raises(InputError, match="strength is -1"):
+        OwnConfig(strength=-1)
+    with pytest.raises(InputError, match="strength is -2"):
+        OwnConfig().strength = -2
+
+
 def test_defaults_are_not_shared_between_configs() -> None:
     first = MaPOConfig()
     first.targets.append("proj_in")
@@ -199,7 +239,7 @@ def test_only_settings_that_change_the_numbers_must_stay(tmp_path: Path) -> None
     named = set()
     for name, value in OTHER.items():
         # A schedule makes the number of steps matter; looked at below.
-        found = differences(MaPOConfig(**{name: value}), saved)
+        found = differences(dataclasses.replace(MaPOConfig(), **{name: value}), saved)
         assert len(found) <= 1
         named |= {line.split()[0] for line in found}
     assert named == set(OTHER) - FREE
@@ -225,7 +265,11 @@ def test_settings_that_an_older_run_did_not_know_are_no_difference() -> None:
     [
         ("stabilityai/stable-diffusion-xl-base-1.0", "tiny:sdxl"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny:sd15"),
-        ("tiny:sd15", "tiny:sd15"),
+        ("runwayml/stable-diffusion-v1-5", "tiny:sd15"),
+        ("stabilityai/stable-diffusion-2-1", "tiny:sd15"),
+        ("stabilityai/stable-diffusion-3.5-medium", "tiny:sd3"),
+        ("black-forest-labs/FLUX.1-dev", "tiny:flux"),
+        *((f"tiny:{family}", f"tiny:{family}") for family in ("sdxl", "sd15", "sd3", "flux")),
     ],
 )
 def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
@@ -238,6 +282,7 @@ def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
     assert small.output == Path("runs/a/dry-run")
     assert small.cache_dir == Path("big")
     assert dry_run_of(MaPOConfig(output=Path("runs/a"))).cache_dir == Path("runs/cache")  # as the real run's
+    assert dry_run_of(small) == small  # and not in dry-run/dry-run
     assert small.resolution == 64
     assert small.steps <= 8
     assert small.batch_size * small.accumulation <= 4
@@ -246,3 +291,8 @@ def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
     assert dry_run_of(MaPOConfig()).rank <= 8
     assert config.steps == 2000
     assert type(dry_run_of(RewardWeightedConfig(beta=0.0))) is RewardWeightedConfig
+
+
+def test_a_dry_run_of_a_folder_is_of_its_family(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    assert dry_run_of(MaPOConfig(model=tmp_path)).model == "tiny:sd3"

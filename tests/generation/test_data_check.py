@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -19,10 +20,11 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from generation.data import check_data
+from generation.data import NothingUsableError, check_data
+from generation.data.images import read_row_image
 from generation.rewards import CosineReward
 from mmalign import Encoder, cli
-from mmalign.errors import InputError
+from mmalign.errors import InputError, UnreadableImageError
 from mmalign.imaging import read_file, read_image
 
 
@@ -71,8 +73,13 @@ def folder(tmp_path: Path) -> Folder:
     return made
 
 
-def check(data: Any, **options: Any) -> Any:
-    return check_data(data, progress=False, **options)
+def check(data: Any, *, empty: bool = False, **options: Any) -> Any:
+    try:
+        return check_data(data, **options)
+    except NothingUsableError as error:
+        if not empty:
+            raise
+        return error.checked
 
 
 def fatal(checked: Any) -> list[tuple[str, str]]:
@@ -141,7 +148,7 @@ def test_huge_image_is_judged_by_its_header(folder: Folder) -> None:
     path = folder.write()
     assert fatal(check(path)) == [("metadata.jsonl line 2", "too_large")]
     assert fatal(check(path, max_pixels=100_000_000))[0][1] in ("corrupt", "truncated")
-    assert fatal(check(path, max_pixels=100, allow_empty=True))[0] == ("metadata.jsonl line 1", "too_large")
+    assert fatal(check(path, max_pixels=100, empty=True))[0] == ("metadata.jsonl line 1", "too_large")
 
 
 def test_parquet_with_everything_wrong(tmp_path: Path) -> None:
@@ -281,8 +288,6 @@ def test_notes(folder: Folder) -> None:
 
 
 def test_upright_sizes_and_hashes(folder: Folder) -> None:
-    import hashlib
-
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -333,7 +338,7 @@ def test_memory(bad_set: Path, tmp_path: Path, decoded: list[object]) -> None:
     assert not decoded
     assert (again.examples, again.problems, again.fingerprint) == (first.examples, first.problems, first.fingerprint)
 
-    assert check(bad_set, memory=memory, min_side=65, allow_empty=True).examples == []
+    assert check(bad_set, memory=memory, min_side=65, empty=True).examples == []
     assert decoded, "other options are another check"
     decoded.clear()
     (bad_set / "0.png").write_bytes(picture(50))
@@ -404,7 +409,7 @@ def test_filter_by_score_and_by_margin(gray_pairs: Path) -> None:
     assert low == [(0, "low_score", True), (1, "low_score", True), (2, "low_score", True)]
     assert f"{1 / 255 - 0.4:.4g}" in checked.problems[0].message
     assert [e.row for e in check(gray_pairs, reward=brightness, min_score=0.7, min_margin=0.2).examples] == [4]
-    with pytest.raises(InputError, match=r"none of the 5 rows.*5 low_score"):
+    with pytest.raises(InputError, match=r"no row of .*: 5 low_score"):
         check(gray_pairs, reward=lambda images, _: [float("nan")] * len(images), min_score=0.0)
 
 
@@ -465,26 +470,19 @@ def test_scores_are_remembered_if_the_score_says_which_it_is(gray_pairs: Path, t
     assert sum(calls) == 20
 
 
-def test_cosine_reward(tiny_open_clip: Encoder, folder: Folder) -> None:
+def test_filter_by_cosine(tiny_open_clip: Encoder, folder: Folder) -> None:
     folder.add(caption="a cat", winner="0.png", loser="1.png")
     folder.add(caption="a dog", winner="2.png", loser="3.png")
     path = folder.write()
     images = tiny_open_clip.encode_images([path / f"{i}.png" for i in range(4)])
     texts = tiny_open_clip.encode_texts(["a cat", "a cat", "a dog", "a dog"])
     cosines = np.einsum("nd,nd->n", images, texts)
-    scored = CosineReward(tiny_open_clip)([read_image(path / "2.png").pixels / 255], ["a dog"])
-    np.testing.assert_allclose(scored, cosines[2:3], atol=1e-5)
     between = float(cosines[[0, 2]].mean())
     checked = check(path, reward=CosineReward(tiny_open_clip), min_score=between)
     assert [e.row for e in checked.examples] == [int(cosines[2] > cosines[0])]
     between = float((cosines[[0, 2]] - cosines[[1, 3]]).mean())
     checked = check(path, reward=CosineReward(tiny_open_clip), min_margin=between)
     assert [e.row for e in checked.examples] == [int(cosines[2] - cosines[3] > cosines[0] - cosines[1])]
-
-
-def test_image_only_encoder_cannot_score(tiny_timm: Encoder) -> None:
-    with pytest.raises(InputError, match="text"):
-        CosineReward(tiny_timm)
 
 
 @pytest.mark.parametrize(
@@ -510,14 +508,78 @@ def test_options_out_of_range(gray_pairs: Path, options: dict[str, Any], message
     assert "\n" not in str(raised.value)
 
 
+def test_the_kind_is_what_the_data_are(folder: Folder) -> None:
+    folder.add(caption="a", file_name="0.png")
+    folder.add(caption="b", file_name="1.png")
+    path = folder.write()
+    alone = check(path)
+    assert (alone.options.kind, len(alone.examples)) == ("images", 2)
+    with pytest.raises(InputError, match="min_margin compares"):
+        check(path, reward=brightness, min_margin=0.1)
+    folder.add(caption="c", winner="2.png", loser="3.png")
+    mixed = check(folder.write())
+    assert (mixed.options.kind, [example.row for example in mixed.examples]) == ("pairs", [2])
+    assert [reason for _, reason in fatal(mixed)] == ["not_a_pair", "not_a_pair"]
+    assert [reason for _, reason in fatal(check(path, kind="images"))] == ["not_one_image"]
+
+
+def test_the_summary_says_what_was_checked(gray_pairs: Path) -> None:
+    class Named:
+        fingerprint = "brightness, first version"
+
+        def __call__(self, images: list[Tensor], captions: list[str]) -> Sequence[float]:
+            return brightness(images, captions)
+
+    summary = check(gray_pairs, reward=Named(), min_margin=0.2, min_side=32).to_dict()
+    wanted = {"kind": "pairs", "min_side": 32, "min_margin": 0.2, "reward": "brightness, first version"}
+    assert {name: summary[name] for name in wanted} == wanted
+    assert (summary["rows"], summary["usable"], summary["reasons"]) == (5, 2, {"low_score": 3})
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_an_image_that_changes_between_check_and_scoring(gray_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from generation.data import checking
+
+    before = checking._check_rows
+
+    def change(*given: Any) -> Any:
+        found = before(*given)
+        (gray_pairs / "flat3.png").write_bytes((gray_pairs / "flat4.png").read_bytes())
+        (gray_pairs / "flat4.png").unlink()
+        return found
+
+    monkeypatch.setattr(checking, "_check_rows", change)
+    checked = check(gray_pairs, reward=brightness, min_score=0.4)
+    assert [example.row for example in checked.examples] == [2]
+    assert [problem.reason for problem in checked.problems[-2:]] == ["changed", "missing"]
+    assert "line 4 has changed since it was checked" in checked.problems[-2].message
+
+
+def test_an_image_is_read_again(folder: Folder) -> None:
+    data = picture(0)
+    sha256 = hashlib.sha256(data).hexdigest()
+    wanted = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    for source in (data, folder.path / "0.png"):
+        np.testing.assert_array_equal(read_row_image(source, name="row", sha256=sha256), wanted)
+    for source, options, reason in (
+        (None, {}, "missing"),
+        (data, {"sha256": "0" * 64}, "changed"),
+        (data, {"max_pixels": 79 * 64}, "too_large"),
+    ):
+        with pytest.raises(UnreadableImageError) as raised:
+            read_row_image(source, **{"name": "line 3", "sha256": sha256, **options})  # type: ignore[arg-type]
+        assert raised.value.reason == reason
+        assert "line 3" in str(raised.value)
+
+
 def test_nothing_left(folder: Folder) -> None:
     folder.add(caption="", winner="0.png", loser="1.png")
     folder.add(caption="", winner="0.png", loser="gone.png")
     path = folder.write()
-    with pytest.raises(InputError, match=r"none of the 2 rows .* 2 empty_caption, 1 missing .*line 1") as raised:
+    with pytest.raises(InputError, match=r"no row of .*: 2 empty_caption, 1 missing .*line 1") as raised:
         check(path)
     assert "\n" not in str(raised.value)
-    assert check(path, allow_empty=True).left_out == 2
+    assert check(path, empty=True).left_out == 2
     (path / "metadata.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no rows"):
         check(path)
@@ -543,7 +605,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_command_lists_problems_by_name(bad_set: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
-    code, out, err = run(bad_set, "--report", tmp_path / "report.jsonl")
+    code, out, err = run(bad_set, "--out", tmp_path / "report.jsonl")
     assert code == 4
     assert "13: 4 usable, 9 left out" in out
     for line, reason in BAD_LINES:
@@ -559,6 +621,8 @@ def test_command_lists_problems_by_name(bad_set: Path, tmp_path: Path, run: Call
     assert (summary["rows"], summary["usable"], summary["left_out"]) == (13, 4, 9)
     assert (summary["captions"], summary["images"], summary["sizes"]) == (4, 6, {"80x64": 4})
     assert summary["fingerprint"] == check(bad_set).fingerprint
+    asked = {"kind": "pairs", "max_pixels": 50_000_000, "min_side": 64, "min_score": None, "reward": None}
+    assert {name: summary[name] for name in asked} == asked
     assert run(bad_set, "--strict", "-q")[0] == 1
 
 
@@ -578,9 +642,10 @@ def test_command_on_good_data_and_on_none(folder: Folder, run: Callable[..., Any
     assert code == 1
     assert "left out (too_large)" in out
     assert err.startswith("error: no row of")
-    code, _, err = run(path, "--kind", "images", "-q")
+    code, out, err = run(path, "--kind", "images", "-q")
     assert code == 1
-    assert err.endswith("holds pairs, not images; check them with --kind pairs\n")
+    assert err.endswith("holds pairs, not images; use kind 'pairs' (--kind pairs) or other data\n")
+    assert "(not_one_image)" in out
     code, _, err = run(path / "nowhere")
     assert (code, err.count("\n")) == (1, 1)
 
@@ -599,7 +664,7 @@ def test_a_name_with_a_line_break_keeps_to_its_line(tmp_path: Path, run: Callabl
 def test_labels_of_another_type_are_told_apart(folder: Folder) -> None:
     for label in (2, "1", None):
         folder.add(caption="x", jpg_0="0.png", jpg_1="1.png", label_0=label)
-    messages = [problem.message for problem in check(folder.write(), allow_empty=True).problems]
+    messages = [problem.message for problem in check(folder.write(), empty=True).problems]
     assert [message.split(";")[0] for message in messages] == [
         "label_0 is 2",
         "label_0 is the text '1'",

@@ -179,9 +179,11 @@ def test_single_images_from_parquet_and_metadata(tmp_path: Path) -> None:
     assert [(e.caption, e.winner, e.rewards) for e in by_table.examples] == [("a", 0, (0.5,)), ("b", 0, (-1.0,))]
     assert by_table.fingerprint == by_folder.fingerprint
     with pytest.raises(InputError, match=r"holds images, not pairs.*--kind images"):
-        check(tmp_path / "images.parquet")
-    with pytest.raises(InputError, match=r"2 missing_column.*is one image, where a pair is wanted"):
-        check(folder)
+        check(tmp_path / "images.parquet", kind="pairs")
+    with pytest.raises(InputError, match=r"holds images, not pairs.*--kind images") as raised:
+        check(folder, kind="pairs")
+    assert {problem.reason for problem in raised.value.checked.problems} == {"not_a_pair"}  # type: ignore[attr-defined]
+    assert [check(where).options.kind for where in (tmp_path / "images.parquet", folder)] == ["images"] * 2
 
 
 def test_fingerprint_follows_content_and_order_only(tmp_path: Path) -> None:

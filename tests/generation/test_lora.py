@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +85,10 @@ def test_sdxl_has_as_many_parameters_as_counted() -> None:
     assert sum(parameter.numel() for parameter in parameters) == 2 * 1_451_520
 
 
-@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
-def test_initialisation_is_a_function_of_the_seed(base: nn.Module, init: str) -> None:
+def test_initialisation_is_a_function_of_the_seed(base: nn.Module) -> None:
     def start(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         unet = copy.deepcopy(base).to(dtype)
-        add_lora(unet, rank=8, init=init, seed=seed)
+        add_lora(unet, rank=8, seed=seed)
         return lora_state(unet)
 
     torch.manual_seed(5)
@@ -106,11 +104,7 @@ def test_initialisation_is_a_function_of_the_seed(base: nn.Module, init: str) ->
     assert all((value == 0).all() for key, value in first.items() if "lora_B" in key)
     assert len({tuple(value.flatten().tolist()) for value in downs}) == len(downs)
     for value in downs:
-        if init == "gaussian":
-            assert value.std().item() == pytest.approx(1 / 8, rel=0.25)
-        else:
-            bound = 1 / math.sqrt(value.shape[1])
-            assert bound * 0.9 < value.abs().max().item() <= bound
+        assert value.std().item() == pytest.approx(1 / 8, rel=0.25)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -254,10 +248,9 @@ def test_targets_and_alpha(unet: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, not 0"),
-        ({"alpha": 0}, "alpha must be above 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"init": "pissa"}, "init 'pissa' is not known; use one of gaussian, kaiming"),
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"dropout": 1.0}, "dropout is 1"),
         ({"targets": ("to_q", "attn1")}, "named 'attn1'; there are: .*to_k.*to_out.0"),
         ({"targets": "to_q"}, "must be a list"),
         ({"targets": ()}, "must be a list"),

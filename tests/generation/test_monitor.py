@@ -2,71 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 
+from generation.methods.reward_weighted import ScoredBatch
 from generation.training.denoiser import Batch, Conditioning
-from generation.training.monitor import Probe, check_finite, mean_of
+from generation.training.monitor import check_finite, collapse_warnings, mean_of, winner_drift
 from mmalign.errors import MMAlignError, NonFiniteLossError
 
 
-def batch(names: list[str], times: list[int], members: int = 2, pretraining: Batch | None = None) -> Batch:
+def batch(names: list[str], times: list[int], members: int = 2) -> Batch:
     size = len(names) * members
     empty = torch.zeros(size, 4, 8, 8)
-    return Batch(names, empty, empty, torch.tensor(times).repeat(members), Conditioning(torch.zeros(size, 77, 8)),
-                 pretraining=pretraining)  # fmt: skip
+    return Batch(names, empty, empty, torch.tensor(times).repeat(members), Conditioning(torch.zeros(size, 77, 8)))
 
 
 def test_drift_is_against_the_first_look() -> None:
-    probe = Probe()
-    named, warnings = probe.read({"mse_w": 0.5, "mse_l": 0.4})
-    assert named == {"probe_mse_w": 0.5, "probe_mse_l": 0.4, "winner_drift": 0.0}
-    assert warnings == []
-    named, _ = probe.read({"mse_w": 0.55, "mse_l": 0.9})
-    assert named["winner_drift"] == pytest.approx(0.1)
-    named, _ = probe.read({"mse_w": 0.25, "mse_l": 0.9})
-    assert named["winner_drift"] == pytest.approx(-0.5)
+    start = {"probe_mse_w": 0.5, "probe_mse_l": 0.4}
+    assert winner_drift(start, start) == 0
+    assert winner_drift(start, {"probe_mse_w": 0.55, "probe_mse_l": 0.9}) == pytest.approx(0.1)
+    assert winner_drift(start, {"probe_mse_w": 0.25}) == pytest.approx(-0.5)
 
 
-def test_a_winner_error_a_fifth_above_its_start_is_told_once() -> None:
-    probe = Probe()
-    probe.read({"mse_w": 1.0})
-    assert probe.read({"mse_w": 1.19})[1] == []
-    (warning,) = probe.read({"mse_w": 1.3})[1]
+def test_a_winner_error_a_fifth_above_its_start_is_told() -> None:
+    start = {"probe_mse_w": 1.0}
+    assert collapse_warnings(start, {"probe_mse_w": 1.19}) == {}
+    ((kind, warning),) = collapse_warnings(start, {"probe_mse_w": 1.3}).items()
     assert "30%" in warning
     assert "lower learning rate" in warning
     assert "\n" not in warning
-    assert probe.read({"mse_w": 1.5})[1] == []
+    assert list(collapse_warnings(start, {"probe_mse_w": 1.5})) == [kind]
 
 
-def test_nothing_left_to_learn_is_told_once() -> None:
-    probe = Probe()
-    probe.read({"mse_w": 1.0, "margin_accuracy": 0.5})
-    assert probe.read({"mse_w": 1.1, "margin_accuracy": 0.9})[1] == []
-    assert probe.read({"mse_w": 0.9, "margin_accuracy": 1.0})[1] == []
-    (warning,) = probe.read({"mse_w": 1.1, "margin_accuracy": 1.0})[1]
+def test_nothing_left_to_learn_is_told() -> None:
+    start = {"probe_mse_w": 1.0, "probe_margin_accuracy": 0.5}
+    for drift, accuracy in ((1.1, 0.9), (0.9, 1.0), (1.01, 1.0)):
+        assert collapse_warnings(start, {"probe_mse_w": drift, "probe_margin_accuracy": accuracy}) == {}
+    ((kind, warning),) = collapse_warnings(start, {"probe_mse_w": 1.1, "probe_margin_accuracy": 1.0}).items()
     assert "ranked right" in warning
-    assert probe.read({"mse_w": 1.15, "margin_accuracy": 1.0})[1] == []
-    assert len(probe.read({"mse_w": 1.4, "margin_accuracy": 1.0})[1]) == 1  # the other one is news
+    assert kind not in collapse_warnings(start, {"probe_mse_w": 1.4, "probe_margin_accuracy": 1.0})  # that is worse
 
 
-def test_a_restored_probe_remembers() -> None:
-    probe = Probe()
-    probe.read({"mse_w": 1.0})
-    probe.read({"mse_w": 1.5})
-    restored = Probe(**json.loads(json.dumps(probe.to_dict())))
-    named, warnings = restored.read({"mse_w": 1.6})
-    assert named["winner_drift"] == pytest.approx(0.6)
-    assert warnings == []
-
-
-def test_objectives_without_winners_are_only_named() -> None:
-    probe = Probe()
-    assert probe.read({"mse": 0.3}) == ({"probe_mse": 0.3}, [])
-    assert Probe().read({"mse_w": 0.0}) == ({"probe_mse_w": 0.0}, [])
+def test_objectives_without_winners_do_not_drift() -> None:
+    for start, values in (({"probe_mse": 0.3}, {"probe_mse": 0.9}), ({"probe_mse_w": 0.0}, {"probe_mse_w": 1.0})):
+        assert winner_drift(start, values) is None
+        assert collapse_warnings(start, values) == {}
 
 
 def test_means_are_over_samples_not_batches() -> None:
@@ -96,7 +78,7 @@ def test_only_the_rows_that_are_not_finite_are_named(bad: float) -> None:
     message = str(caught.value)
     assert isinstance(caught.value, MMAlignError)
     assert "\n" not in message
-    assert message.startswith("step 17: loss, mse_l is not finite; rows: row 4 (timestep 40). ")
+    assert message.startswith("optimiser step 17: loss, mse_l is not finite; rows: row 4 (timestep 40). ")
 
 
 def test_a_gradient_without_a_culprit_names_all_rows_but_not_too_many() -> None:
@@ -111,7 +93,7 @@ def test_a_gradient_without_a_culprit_names_all_rows_but_not_too_many() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_row_of_the_second_set_is_named_by_its_own_name(size: int) -> None:
     second = batch([f"other {n}" for n in range(size)], [7] * size, 1)
-    first = batch([f"scored {n}" for n in range(size)], [9] * size, 1, second)
+    first = ScoredBatch(batch([f"scored {n}" for n in range(size)], [9] * size, 1), second)
     bad = torch.ones(size)
     bad[-1] = math.nan
     parts = [{"loss": torch.tensor([math.nan]), "mse": torch.ones(size), "mse_pretrain": bad}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from generation import load_pipeline
-from generation.pipelines import pipeline_family
+from generation.pipelines import _bit_sums, denoiser_of, guess_family, pipeline_family, weights_fingerprint
 from generation.tiny import TINY_FAMILIES
 from mmalign.errors import InputError, ModelUnavailableError
 
@@ -82,6 +84,63 @@ def test_variant(tiny_sdxl: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(draw(load_pipeline(tmp_path, device="cpu", variant="fp16")), draw(tiny_sdxl), atol=1e-4)
     with pytest.raises(InputError, match="no weights of variant 'ema'"):
         load_pipeline(tmp_path, device="cpu", variant="ema")
+
+
+@pytest.mark.parametrize(("family", "part"), [("sdxl", "unet"), ("sd3", "transformer"), ("flux", "transformer")])
+def test_denoiser(family: str, part: str) -> None:
+    pipeline = load_pipeline(f"tiny:{family}", device="cpu")
+    assert denoiser_of(pipeline) == (part, getattr(pipeline, part))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fingerprint_is_of_values_precision_and_order(dtype: torch.dtype) -> None:
+    def of(*values: list[float]) -> str:
+        weights = [torch.nn.Parameter(torch.tensor(value).to(dtype)) for value in values]
+        return weights_fingerprint(torch.nn.ParameterList(weights))
+
+    first = [1.0, -2.0, 0.5, 3.0]
+    assert of(first, [1.0]) == of(first, [1.0])
+    several = [first, [-2.0, 1.0, 0.5, 3.0], [2 * value for value in first], [-value for value in first], [0.0] * 4]
+    assert len({of(values, [1.0]) for values in several} | {of([1.0], first), of(first)}) == 7
+    module = torch.nn.Linear(3, 4).to(dtype)
+    before = weights_fingerprint(module)
+    assert weights_fingerprint(copy.deepcopy(module)) == before != weights_fingerprint(module.double())
+
+
+def test_fingerprint_of_large_tensors_is_exact_and_counts_places() -> None:
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    bits = values.numpy().view(np.int32).astype(np.int64)
+    with np.errstate(over="ignore"):
+        wanted = [bits.sum(), (bits * bits).sum(), (bits * np.arange(bits.size)).sum()]
+    assert _bit_sums(values) == [int(value) for value in wanted]
+    swapped = values.clone()
+    swapped[[5, 5 + (1 << 16)]] = values[[5 + (1 << 16), 5]]
+    assert _bit_sums(swapped)[:2] == _bit_sums(values)[:2]
+    assert _bit_sums(swapped) != _bit_sums(values)
+    assert _bit_sums(values.view(2, 4, 100, 250).to(memory_format=torch.channels_last)) == _bit_sums(values)
+
+
+def test_guessed_family(tiny_sdxl_folder: Path, tmp_path: Path, original_weights: dict[str, torch.Tensor]) -> None:
+    known = {
+        "tiny:flux": "flux",
+        "tiny:sd3": "sd3",
+        "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+        "stabilityai/sdxl-turbo": "sdxl",
+        "stabilityai/sd-turbo": "sd15",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+        "stabilityai/stable-diffusion-2-1": "sd15",
+        "stabilityai/stable-diffusion-3.5-medium": "sd3",
+        "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+        "black-forest-labs/FLUX.1-dev": "flux",
+        "someone/a-model": "sdxl",
+    }
+    assert {name: guess_family(name) for name in known} == known
+    folder = shutil.copytree(tiny_sdxl_folder, tmp_path / "flux")
+    assert guess_family(folder) == "sdxl", "what it is counts, not its name"
+    (folder / "model_index.json").write_text("[]")
+    assert guess_family(folder) == "flux"
+    save_file(original_weights, tmp_path / "sdxl.safetensors")
+    assert guess_family(tmp_path / "sdxl.safetensors") == "sd15"
 
 
 # -- one file ----------------------------------------------------------------------------------------------------------
@@ -237,6 +296,32 @@ def test_folders_that_are_no_pipeline(tiny_sdxl_folder: Path, tmp_path: Path) ->
 def test_names_that_lead_nowhere(model: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as raised:
         load_pipeline(model, device="cpu")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "message"),
+    [
+        (GatedRepoError, ModelUnavailableError, "terms of use.*hf auth login"),
+        (RepositoryNotFoundError, InputError, "on the hub.*check the name"),
+        (ConnectionError, ModelUnavailableError, r"nor fetched \(.*no route.*\).*HF_HOME"),
+    ],
+)
+def test_what_the_hub_says(
+    cause: type[Exception], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers wraps the hub's exceptions in an OSError of many lines."""
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise cause.__new__(cause, "no route")  # the hub's own ask for a response
+        except Exception as first:
+            raise OSError("no route\nto what\nwas asked for") from first
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(error, match=f"model 'some/model' .*{message}") as raised:
+        load_pipeline("some/model", device="cpu")
     assert "\n" not in str(raised.value)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from generation import GeneratedImage, generate, generate_each, load_pipeline, read_settings
+from generation import GeneratedImage, generate, generate_each, load_pipeline, read_settings, tiny_pipeline
+from generation.drawing import borrowed, draw, plan_requests, sampling_options
+from generation.export import export_lora
+from generation.lora import add_lora
+from generation.sampling import generate_again
 from generation.tiny import TINY_FAMILIES
 from mmalign.errors import InputError
 
@@ -104,6 +110,40 @@ def test_a_pipeline_is_left_as_it_was(tiny_sd15: Any) -> None:
     assert not tiny_sd15.vae.use_slicing
 
 
+def test_a_pipeline_in_training_is_drawn_with_as_it_will_be_used() -> None:
+    pipeline = tiny_pipeline("sdxl")
+    add_lora(pipeline.unet, rank=2, dropout=0.9, seed=0)
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    (wanted,) = generate("a", model=pipeline, seed=1, **FAST)
+    pipeline.unet.train()
+    frozen = pipeline.unet.down_blocks[0].eval()
+    (drawn,) = generate("a", model=pipeline, seed=1, **FAST)
+    np.testing.assert_array_equal(pixels(drawn), pixels(wanted))
+    assert pipeline.unet.training
+    assert pipeline.unet.mid_block.training
+    assert not frozen.training
+
+
+def test_the_parts_that_others_draw_with(tiny_sdxl: Any) -> None:
+    requests = plan_requests(["a", "b"], images_per_prompt=2, seed=np.int64(5))
+    assert [(request.prompt, request.seed) for request in requests] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
+    options = sampling_options(tiny_sdxl, steps=np.int64(2), guidance_scale=np.float32(3))
+    assert (options.steps, options.guidance_scale, options.height) == (2, 3.0, 64)
+    with borrowed(tiny_sdxl):
+        images = draw(tiny_sdxl, requests[1:3], options)
+    wanted = generate(["a", "b"], model=tiny_sdxl, seed=[6, 7], steps=np.int64(2), guidance_scale=3.0)
+    for image, same in zip(images, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), pixels(same))
+
+
+def test_both_ways_to_ask_take_the_same() -> None:
+    first, second = (inspect.signature(way).parameters for way in (generate, generate_each))
+    assert first == second
+
+
 def test_stays_quiet(tiny_sdxl: Any, capfd: pytest.CaptureFixture[str]) -> None:
     generate("a", model=tiny_sdxl, **FAST)
     assert capfd.readouterr() == ("", "")
@@ -152,9 +192,69 @@ def test_a_saved_image_says_how_to_make_it_again(tiny_sdxl: Any, tmp_path: Path)
         assert json.loads(saved.text["mmalign"])["seed"] == 11
     settings = read_settings(path)
     assert settings == {"prompt": image.prompt, "seed": 11, **image.settings}
-    names = ("seed", "steps", "guidance_scale", "negative_prompt", "width", "height")
-    (again,) = generate(settings["prompt"], model=tiny_sdxl, **{name: settings[name] for name in names})
+    for source in (path, image):
+        np.testing.assert_array_equal(pixels(generate_again(source, model=tiny_sdxl)), pixels(image))
+
+
+def test_drawn_again_by_name_with_adapter_and_another_unet(
+    tiny_sdxl: Any, tiny_sdxl_folder: Path, tmp_path: Path
+) -> None:
+    changed = tiny_pipeline("sdxl", seed=3)
+    changed.unet.save_pretrained(tmp_path / "unet")
+    add_lora(tiny_unet := tiny_pipeline("sdxl").unet, rank=2, seed=0)
+    for parameter in tiny_unet.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    adapter = export_lora(tiny_unet, tmp_path / "lora")["diffusers"]
+    options = {"model": tiny_sdxl_folder, "unet": tmp_path / "unet", "device": "cpu", "seed": 4, **FAST}
+    (image,) = generate("a", adapter=Named(adapter), adapter_weight=0.7, dtype="bfloat16", **options)
+    again = generate_again(image, device="cpu")
     np.testing.assert_array_equal(pixels(again), pixels(image))
+    assert again.settings["fingerprints"] == image.settings["fingerprints"]
+    assert np.abs(pixels(generate("a", dtype="bfloat16", **options)[0]) - pixels(image)).mean() > 1
+
+    with pytest.raises(InputError, match=r"unet of .* are not those"):
+        generate_again(image, model=tiny_sdxl)
+    with torch.no_grad():
+        next(parameter for parameter in tiny_unet.parameters() if parameter.requires_grad).mul_(2)
+    export_lora(tiny_unet, tmp_path / "lora")
+    with pytest.raises(InputError, match="is not the file"):
+        generate_again(image, device="cpu")
+    with pytest.raises(InputError, match="settings lack 'adapters'"):
+        generate_again(GeneratedImage(image.image, "a", 1, {}))
+
+
+class Named:
+    """A path that is no `Path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+@pytest.mark.parametrize("part", ["model", "unet", "text_encoder", "scheduler"])
+def test_pictures_of_other_weights_are_not_taken_for_these(tiny_sdxl_folder: Path, tmp_path: Path, part: str) -> None:
+    folder, out = shutil.copytree(tiny_sdxl_folder, tmp_path / "model"), tmp_path / "out"
+    options: dict[str, Any] = {"model": folder, "device": "cpu", "seed": 1, "out": out, **FAST}
+    if part == "unet":
+        options |= {"model": tiny_sdxl_folder, "unet": folder}
+    (first,) = generate("a", **options)
+    assert generate("a", **options)[0].path == first.path
+    other = tiny_pipeline("sdxl", seed=1)
+    if part == "model":
+        other.save_pretrained(folder)
+    elif part == "scheduler":
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"beta_end": 0.02}))
+    else:
+        getattr(other, part).save_pretrained(folder / part)
+    (second,) = generate("a", **options)
+    assert second.path != first.path
+    (wanted,) = generate("a", **options | {"out": None})
+    np.testing.assert_array_equal(pixels(second), pixels(wanted))
+    assert np.abs(pixels(second) - pixels(first)).mean() > 1
 
 
 def test_settings_that_are_not_there(tmp_path: Path) -> None:
@@ -248,7 +348,9 @@ def test_images_come_one_by_one(tiny_sdxl: Any, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     assert next(images).prompt == "b"
     with pytest.raises(TypeError, match="stpes"):
-        next(generate_each("a", stpes=2))
+        generate_each("a", stpes=2)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="batch_size is 0"):
+        generate_each("a", batch_size=0)
 
 
 # -- arguments that cannot be used -------------------------------------------------------------------------------------
@@ -259,14 +361,14 @@ def test_images_come_one_by_one(tiny_sdxl: Any, tmp_path: Path) -> None:
     [
         ([], {}, "no prompt"),
         (["a", 3], {}, "prompt 3 is not text"),
-        ("a", {"steps": -1}, "steps -1"),
-        ("a", {"steps": 2.5}, "steps 2.5"),
-        ("a", {"images_per_prompt": 0}, "images_per_prompt 0"),
-        ("a", {"batch_size": 0}, "batch_size 0"),
+        ("a", {"steps": -1}, "steps is -1"),
+        ("a", {"steps": 2.5}, "steps is 2.5"),
+        ("a", {"images_per_prompt": 0}, "images_per_prompt is 0"),
+        ("a", {"batch_size": 0}, "batch_size is 0"),
         ("a", {"height": 60}, "height 60 is not a multiple of 8.*give 64"),
-        ("a", {"width": -8}, "width -8"),
-        ("a", {"guidance_scale": float("nan")}, "guidance_scale nan"),
-        ("a", {"guidance_scale": -1.0}, "guidance_scale -1"),
+        ("a", {"width": -8}, "width is -8"),
+        ("a", {"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ("a", {"guidance_scale": -1.0}, "guidance_scale is -1"),
         (["a", "b"], {"seed": [1, 2, 3]}, "3 seeds for 2 images"),
         ("a", {"seed": -1}, "seed -1"),
         ("a", {"seed": 2**63}, "out of range"),
@@ -276,6 +378,8 @@ def test_images_come_one_by_one(tiny_sdxl: Any, tmp_path: Path) -> None:
         (["a", "b"], {"negative_prompt": ["x"]}, "1 negative prompts for 2 prompts"),
         (["a", "b"], {"negative_prompt": ["x", None]}, "has to be text"),
         ("a", {"adapter_weight": [1.0, 2.0]}, "2 adapter weights for 0 adapters"),
+        ("a", {"adapter_weight": 0.5}, "there is no adapter"),
+        ("a", {"negative_prompt": "x", "guidance_scale": 1}, "no effect at guidance_scale 1"),
     ],
 )
 def test_wrong_arguments(tiny_sdxl: Any, prompts: Any, options: dict[str, Any], message: str) -> None:

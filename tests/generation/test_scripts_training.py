@@ -42,7 +42,7 @@ def test_accelerate_reads_the_launch_files(name: str, kind: str) -> None:
     file = SCRIPTS / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))  # refuses unknown top-level keys
     assert config.distributed_type.value == kind
-    assert config.mixed_precision is None  # the trainer's own `precision` says it
+    assert config.mixed_precision is None  # the trainer's own `dtype` says it
     # Nested keys are options of `accelerate launch`; it ignores those it does not know.
     options = vars(launch_command_parser().parse_args(["script.py"]))
     nested = {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}

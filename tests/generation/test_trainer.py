@@ -33,6 +33,7 @@ from generation.objectives import pair_errors
 from generation.pipelines import load_pipeline
 from generation.tiny import tiny_pipeline
 from generation.training.configuration import TrainingConfig
+from generation.training.denoising import DenoisingTrainer
 from generation.training.trainer import Trainer, TrainingReport
 from mmalign.errors import InputError, NonFiniteLossError
 
@@ -48,7 +49,6 @@ SMALL: dict[str, Any] = {
     "probe_every": 2,
     "probe_size": 2,
     "device": "cpu",
-    "progress": False,
 }
 
 
@@ -140,7 +140,7 @@ def test_the_reference_stays_what_it_was(adaptation, run, tmp_path):
 
 
 def test_a_new_objective_takes_a_loss_and_nothing_else(run, tmp_path):
-    class HingeTrainer(Trainer):
+    class HingeTrainer(DenoisingTrainer):
         config_class = TrainingConfig
 
         def loss(self, batch):
@@ -226,7 +226,7 @@ def test_a_full_fine_tune_resumes_bit_for_bit(run, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("moment", range(0, 12, 2))
+@pytest.mark.parametrize("moment", range(0, 14, 2))
 def test_killed_while_a_checkpoint_is_written(moment, run, tmp_path, monkeypatch, whole):
     """Before each action on the checkpoint folder in turn; moments past the last action end undisturbed."""
     left = moment
@@ -386,7 +386,7 @@ def test_the_average_is_what_is_exported(run, tmp_path):
         assert not torch.equal(exported[key], steps[-1][name])
 
 
-def test_settings_samples_and_left_out_rows_are_in_the_run_folder(run, tmp_path, photo_pairs, capsys):
+def test_settings_samples_and_left_out_rows_are_in_the_run_folder(run, tmp_path, photo_pairs, caplog):
     data = tmp_path / "pairs"
     shutil.copytree(photo_pairs, data)
     with (data / "metadata.jsonl").open("a") as file:
@@ -402,7 +402,9 @@ def test_settings_samples_and_left_out_rows_are_in_the_run_folder(run, tmp_path,
     assert report.left_out == 1
     (line,) = (folder / "left_out_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "missing"
-    assert "nowhere.png" in capsys.readouterr().err
+    (warning,) = report.warnings
+    assert "nowhere.png" in warning
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("generation")] == [warning]
 
 
 def test_looking_on_does_not_change_the_training(run, tmp_path, whole):
@@ -433,7 +435,7 @@ def test_tensorboard_is_written_when_asked_for(run, tmp_path):
 
 def test_adapters_are_float32_on_a_bfloat16_base_and_move_by_the_learning_rate(run, tmp_path):
     pipeline = tiny_pipeline("sdxl")
-    run(pipeline=pipeline, precision="bfloat16", steps=1, learning_rate=1e-5)
+    run(pipeline=pipeline, dtype="bfloat16", steps=1, learning_rate=1e-5)
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     frozen = [p for p in pipeline.unet.parameters() if not p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
@@ -501,7 +503,7 @@ def test_bad_rows_are_refused_before_a_model_is_loaded(run, tmp_path, photo_pair
     ("trainer", "settings", "message"),
     [
         (MaPOTrainer, {"data": ""}, "no training data"),
-        (MaPOTrainer, {"precision": "float16"}, "float16 needs a CUDA device"),
+        (MaPOTrainer, {"dtype": "float16"}, "float16 needs a CUDA device"),
         (RewardWeightedTrainer, {}, "no pretraining_data"),
         (SupervisedTrainer, {"targets": ["to_nothing"]}, "to_nothing"),
     ],

@@ -17,7 +17,7 @@ from mmalign.errors import InputError
 
 SMALL: dict[str, Any] = {
     "model": "tiny:sdxl", "resolution": 64, "steps": 2, "batch_size": 2, "accumulation": 1, "rank": 2,
-    "checkpoint_every": 1, "probe_size": 0, "device": "cpu", "progress": False,
+    "checkpoint_every": 1, "probe_size": 0, "device": "cpu",
 }  # fmt: skip
 
 

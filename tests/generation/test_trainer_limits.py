@@ -6,9 +6,10 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from generation.methods import DiffusionDPOTrainer, MaPOConfig, MaPOTrainer, RewardWeightedTrainer
 from generation.tiny import tiny_pipeline
+from generation.training import learner as learner_module
 from generation.training import run_folder
 from generation.training import trainer as trainer_module
 from generation.training.configuration import TrainingConfig
@@ -45,7 +47,7 @@ def run(photo_pairs: Path, tmp_path: Path, limits_cache: Path) -> Run:
     def go(kind: type[Trainer] = MaPOTrainer, reward: Any = None, **settings: Any) -> TrainingReport:
         given = {"data": str(photo_pairs), "output": tmp_path / "run", "cache_dir": limits_cache, "model": "tiny:sdxl"}
         given |= {"resolution": 64, "steps": 2, "batch_size": 2, "accumulation": 2, "rank": 4, "probe_size": 0}
-        given |= {"learning_rate": 1e-3, "device": "cpu", "progress": False}
+        given |= {"learning_rate": 1e-3, "device": "cpu"}
         return kind(kind.config_class(**(given | settings)), reward=reward).train()
 
     return go
@@ -74,16 +76,16 @@ def a_batch() -> Batch:
 # --- precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_a_full_fine_tunes_reference_begins_as_the_network_itself(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_full_fine_tunes_reference_begins_as_the_network_itself(dtype: str, tmp_path: Path) -> None:
     config = DiffusionDPOTrainer.config_class(
-        output=tmp_path / "run", model="tiny:sdxl", adaptation="full", precision=precision, device="cpu"
+        output=tmp_path / "run", model="tiny:sdxl", adaptation="full", dtype=dtype, device="cpu"
     )
     trainer = DiffusionDPOTrainer(config)  # type: ignore[arg-type]
     trainer.attach(tiny_pipeline("sdxl"))
     with trainer.reference() as reference:
         dtypes = {parameter.dtype for parameter in reference.parameters()}
-    assert getattr(torch, precision) in dtypes
+    assert getattr(torch, dtype) in dtypes
     loss, values = trainer.loss(a_batch())
     assert loss.item() == pytest.approx(math.log(2), abs=1e-12)  # the same arithmetic: not nearly, exactly
     assert values["margin_accuracy"].tolist() == [0.5, 0.5]
@@ -91,6 +93,7 @@ def test_a_full_fine_tunes_reference_begins_as_the_network_itself(precision: str
 
 def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert training_dtype(TrainingConfig(), torch.device("cuda")) == torch.float16
 
 
@@ -100,9 +103,9 @@ def test_lora_dropout_touches_no_gpu_but_its_own(run: Run, monkeypatch: pytest.M
     trainer = MaPOTrainer(MaPOConfig(output=Path("run"), model="tiny:sdxl", lora_dropout=0.5, device="cpu"))
     trainer.attach(tiny_pipeline("sdxl"))
     before = torch.get_rng_state()
-    with trainer._dropout_stream(a_batch(), 0):
+    with trainer.learner._dropout_stream(0):
         drawn = torch.rand(3)
-    with trainer._dropout_stream(a_batch(), 0):
+    with trainer.learner._dropout_stream(0):
         assert torch.equal(torch.rand(3), drawn)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -151,7 +154,8 @@ def test_a_resumed_run_of_other_processes_says_so(run: Run, tmp_path: Path) -> N
 def test_a_sharded_run_goes_on_in_its_learning_rate_schedule(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "is_sharded", lambda accelerator: True)
+    for module in (learner_module, trainer_module):
+        monkeypatch.setattr(module, "is_sharded", lambda accelerator: True)
     settings = {"adaptation": "full", "warmup_steps": 4, "accumulation": 1}
     (unet,) = run(steps=2, **settings).exported
     assert (unet / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044  # for others to load
@@ -194,8 +198,17 @@ def test_a_disk_that_is_full_is_told_in_one_line(size: int, run: Run, tmp_path: 
 
 def test_a_log_that_cannot_be_written_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"stopped by the system: .*metrics\.jsonl"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl' cannot be written \(Is a directory\); mend that"):
         run(steps=1)
+
+
+def test_an_error_of_ones_own_code_is_left_as_it_is(run: Run) -> None:
+    class Own(MaPOTrainer):
+        def loss(self, batch):
+            raise FileNotFoundError("a lookup table of the caller's")
+
+    with pytest.raises(FileNotFoundError, match="lookup table"):
+        run(Own)
 
 
 def test_a_full_gpu_is_told_with_the_settings_that_need_less(run: Run) -> None:
@@ -267,3 +280,23 @@ def test_a_score_of_ones_own_filters_the_pretraining_images_as_well(
     for name in ("left_out_rows.jsonl", "left_out_pretraining_rows.jsonl"):
         reasons = [json.loads(line)["reason"] for line in (tmp_path / "run" / name).read_text().splitlines()]
         assert reasons == ["low_score"] * 7
+
+
+def test_pretraining_images_are_checked_by_their_own_rules_and_counted(
+    run: Run, tmp_path: Path, photo_pairs: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(photo_pairs, images)
+    rows = [{"file_name": f"{n}-0.png", "caption": f"photo {n}"} for n in range(4)]
+    rows.append({"file_name": "gone.png", "caption": "a lost one"})
+    (images / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    # A margin is of pairs, and these have none.
+    settings = {"pretraining_data": str(images), "min_margin": -1.0, "steps": 1}
+    report = run(RewardWeightedTrainer, reward=lambda images, captions: [0.0] * len(captions), **settings)
+    assert report.left_out == 1
+    (warning,) = report.warnings
+    assert "gone.png" in warning
+    with pytest.raises(InputError, match="1 row of"):
+        run(RewardWeightedTrainer, pretraining_data=str(images), bad_rows="refuse", output=tmp_path / "other")
+    with pytest.raises(InputError, match="pretraining_split is given without"):
+        run(RewardWeightedTrainer, pretraining_split="train", beta=0.0)

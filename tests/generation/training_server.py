@@ -20,7 +20,7 @@ from generation.methods import MaPOConfig, MaPOTrainer  # noqa: E402  (threads a
 
 def work(data: str, output: str) -> None:
     settings = {"model": "tiny:sdxl", "resolution": 64, "steps": 12, "batch_size": 2, "accumulation": 2, "rank": 4}
-    looking = {"checkpoint_every": 2, "keep_checkpoints": 2, "probe_every": 4, "probe_size": 2, "progress": False}
+    looking = {"checkpoint_every": 2, "keep_checkpoints": 2, "probe_every": 4, "probe_size": 2}
     rest = {"device": "cpu", "learning_rate": 1e-3, "random_flip": True, "workers": 2}
     MaPOTrainer(MaPOConfig(data=data, output=Path(output), **settings, **looking, **rest)).train()
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torchvision.transforms import CenterCrop
 
 from mmalign import Encoder, load_encoder
 from mmalign.encoders.hub import cached_repositories, unavailable
-from mmalign.encoders.stream import Outcome, decode_ahead, encode_stream
+from mmalign.encoders.stream import Outcome, encode_stream
 from mmalign.encoders.timm import TimmEncoder
 from mmalign.encoders.timm import preprocessing_of as timm_preprocessing
 from mmalign.encoders.transformers import preprocessing_of as transformers_preprocessing
@@ -869,7 +868,7 @@ def test_cuda_gives_the_same_rows(encoder: Encoder, tmp_path: Path) -> None:
     assert load_encoder(tmp_path / "saved", device="cpu").fingerprint == encoder.fingerprint
 
 
-# --- Decoding ahead
+# --- Streams
 
 
 class MeanColour(Encoder):
@@ -888,111 +887,11 @@ class MeanColour(Encoder):
 @pytest.fixture(autouse=True)
 def no_threads_left() -> Iterator[None]:
     yield
-    assert not decoding_threads()
-
-
-def decoding_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("mmalign-decode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmalign-prefetch")]
 
 
 def as_is(source: int) -> tuple[int, None]:
     return source, None
-
-
-@pytest.mark.parametrize("ahead", [1, 3, 10])
-def test_look_ahead_is_bounded(ahead: int) -> None:
-    pulled = 0
-    loaded: list[int] = []
-
-    def endless() -> Iterator[int]:
-        nonlocal pulled
-        while True:
-            pulled += 1
-            yield pulled - 1
-
-    def load(source: int) -> tuple[int, None]:
-        loaded.append(source)
-        return source, None
-
-    results = decode_ahead(endless(), load, ahead=ahead, workers=2)
-    for received in range(40):
-        assert next(results) == (received, (received, None))
-        time.sleep(0.001)
-        assert pulled - received <= ahead
-        assert len(loaded) - received <= ahead
-        assert received + ahead == pulled  # and it does look ahead
-    results.close()
-
-
-def test_loading_runs_in_parallel() -> None:
-    together = threading.Barrier(3, timeout=20)
-
-    def load(source: int) -> tuple[int, None]:
-        together.wait()
-        return source, None
-
-    assert [source for source, _ in decode_ahead(range(9), load, ahead=3, workers=3)] == list(range(9))
-
-
-def test_errors_keep_their_place() -> None:
-    def load(source: int) -> tuple[int, None]:
-        time.sleep(0.01 * (source % 3))
-        if source % 3 == 0:
-            raise UnreadableImageError("corrupt", f"number {source}")
-        return source, None
-
-    results = list(decode_ahead(range(12), load, ahead=5, workers=4))
-    assert [source for source, _ in results] == list(range(12))
-    for source, result in results:
-        if source % 3 == 0:
-            assert isinstance(result, UnreadableImageError)
-            assert str(result) == f"number {source}"
-        else:
-            assert result == (source, None)
-
-
-def test_none_is_a_source_like_any_other() -> None:
-    assert [source for source, _ in decode_ahead([1, None, 2], lambda s: (s, None), ahead=2)] == [1, None, 2]
-
-
-@pytest.mark.parametrize("stop", ["close", "abandon"])
-def test_closing_early_stops_the_threads(stop: str) -> None:
-    started: list[int] = []
-
-    def load(source: int) -> tuple[int, None]:
-        started.append(source)
-        time.sleep(0.02)
-        return source, None
-
-    results = decode_ahead(range(10_000), load, ahead=50, workers=2)
-    next(results)
-    assert decoding_threads()
-    if stop == "close":
-        results.close()  # type: ignore[attr-defined]
-    else:
-        del results
-    assert not decoding_threads()
-    assert len(started) < 10
-
-
-def test_other_errors_are_raised() -> None:
-    def load(source: int) -> tuple[int, None]:
-        if source == 3:
-            raise ZeroDivisionError
-        return source, None
-
-    received = []
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - what came before it counts
-        for source, _ in decode_ahead(range(100), load, ahead=8):
-            received.append(source)
-    assert received == [0, 1, 2]
-
-    def sources() -> Iterator[int]:
-        yield 0
-        raise LookupError
-
-    with pytest.raises(LookupError):
-        list(decode_ahead(sources(), as_is, ahead=2))
 
 
 def test_encode_stream() -> None:

@@ -20,7 +20,7 @@ from tiny_encoder import TinyEncoder
 
 from retrieval import ImageIndex
 from retrieval.draft import Draft
-from retrieval.faiss_index import import_faiss
+from retrieval.faiss_module import import_faiss
 
 
 def work(folder: Path, out: Path, step: int, log: int) -> None:

@@ -33,8 +33,8 @@ def tables() -> tuple[pa.Table, pa.Table, list[dict[str, Any]]]:
                 "id": 1000 + 3 * number,
                 "row": number,
                 "root": 0,
-                "path": f"folder{number % 7}/{number}.jpg",
-                "path_bytes": None,
+                "name": f"folder{number % 7}/{number}.jpg",
+                "name_bytes": None,
                 "size": int(random.integers(1, 10**7)),
                 "mtime_ns": int(1.7e18) + number * 86_400 * 10**9,
                 "sha256": bytes(32),
@@ -79,7 +79,7 @@ Keep = Callable[[dict[str, Any]], bool]
         ("width > 1000", lambda r: r["width"] > 1000),
         ("width > 1000 AND city = 'Rome'", lambda r: r["width"] > 1000 and r["city"] == "Rome"),
         ("city IS NULL", lambda r: r["city"] is None),
-        ("path LIKE 'folder3/%' OR format = 'PNG'", lambda r: r["path"].startswith("folder3/") or r["format"] == "PNG"),
+        ("name LIKE 'folder3/%' OR format = 'PNG'", lambda r: r["name"].startswith("folder3/") or r["format"] == "PNG"),
         (["width > 1000", "format=PNG"], lambda r: r["width"] > 1000 and r["format"] == "PNG"),
         (["width=500 OR width=600", "format=PNG"], lambda r: r["width"] in (500, 600) and r["format"] == "PNG"),
         ("width=500 AND city IS NULL", lambda r: r["width"] == 500 and r["city"] is None),
@@ -112,7 +112,7 @@ Keep = Callable[[dict[str, Any]], bool]
         ("good=True", lambda r: r["good"] is True),
         ("good=false", lambda r: r["good"] is False),
         ("day=2024-01-05", lambda r: r["day"] == date(2024, 1, 5)),
-        ("path=folder3/3.jpg", lambda r: r["path"] == "folder3/3.jpg"),
+        ("name=folder3/3.jpg", lambda r: r["name"] == "folder3/3.jpg"),
     ],
 )  # fmt: skip
 def test_same_rows_as_python(tables: tuple[pa.Table, pa.Table, list[dict[str, Any]]], where: Any, keep: Keep) -> None:
@@ -138,7 +138,7 @@ def test_bad_conditions_name_the_columns(tables: tuple[pa.Table, pa.Table, Any],
         kept_ids(items, metadata, where)
     message = str(caught.value)
     assert where in message
-    for column in ("width", "path", "modified", "City", "rating"):
+    for column in ("width", "name", "modified", "City", "rating"):
         assert column in message
     assert "\n" not in message
 
@@ -207,7 +207,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageIndex, np.ndar
     vectors = clustered(N, DIM, clusters=300)
     table = pa.table({"u": np.random.default_rng(1).random(N), "cluster": np.arange(N) % 300})
     out = tmp_path_factory.mktemp("large") / "idx"
-    index = ImageIndex.from_vectors(out, vectors, metadata=table, factory="IVF256,SQ8", wanted_recall=0.97)
+    index = ImageIndex.from_vectors(vectors, out, metadata=table, factory="IVF256,SQ8", recall=0.97)
     return index, vectors
 
 
@@ -256,8 +256,8 @@ def test_aliases_pass_one_by_one(folder: Path, encoder: TinyEncoder) -> None:
     draw(folder / "a" / "copy.png", 3)
     index, _ = ImageIndex.build(folder, encoder=encoder)
     for where, first, aliases in [
-        ("path LIKE 'a/%'", "a/copy.png", []),
-        ("path NOT LIKE 'a/%'", "03.png", []),
+        ("name LIKE 'a/%'", "a/copy.png", []),
+        ("name NOT LIKE 'a/%'", "03.png", []),
         ("true", "03.png", ["copy.png"]),
     ]:
         hit = index.search(folder / "03.png", k=1, where=where)[0]

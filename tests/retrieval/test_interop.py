@@ -66,7 +66,7 @@ def test_an_imported_folder_is_adopted_without_encoding(bundled: Encoder, photos
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes((photos / name).read_bytes())
-    index = ImageIndex.from_vectors(tmp_path / "index", vectors, encoder=bundled, paths=names, root=folder)
+    index = ImageIndex.from_vectors(vectors, tmp_path / "index", encoder=bundled, paths=names, root=folder)
     report = index.update(folder)
     assert (report.added, report.changed, report.unchanged, report.encoded_per_second) == (0, 0, 6, 0)
     np.testing.assert_allclose(index.vectors.gather(np.arange(6)), vectors, atol=1e-6)
@@ -102,3 +102,33 @@ def test_a_pickled_array_is_refused(collection: tuple[Path, np.ndarray], tmp_pat
 def test_no_collection(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="img_emb"):
         import_clip_retrieval(tmp_path, tmp_path / "index")
+
+
+def test_an_export_that_is_stopped_leaves_nothing(
+    collection: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = import_clip_retrieval(collection[0], tmp_path / "index")
+    real, calls = pq.write_table, []
+
+    def stop(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(pq, "write_table", stop)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export_clip_retrieval(index, tmp_path / "out", rows_a_shard=7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_export_replaces_nothing(collection: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    index = import_clip_retrieval(collection[0], tmp_path / "index")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match=r"mine.*--out"):
+        export_clip_retrieval(index, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    (tmp_path / "empty").mkdir()
+    assert (export_clip_retrieval(index, tmp_path / "empty") / "img_emb" / "img_emb_0.npy").exists()

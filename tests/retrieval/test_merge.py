@@ -11,6 +11,7 @@ import pytest
 from mmalign import Encoder
 from mmalign.errors import EncoderMismatchError, InputError
 from retrieval import ImageIndex, merge_indexes
+from retrieval.storage import Store
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +32,19 @@ def parts(folder: Path, bundled: Encoder) -> list[Path]:
     made = []
     for number in range(3):
         index, _ = ImageIndex.build(folder, folder.parent / f"part-{number}", encoder=bundled, shard=(number, 3))
-        made.append(index.store.folder)
+        made.append(index.folder)
     return made
 
 
 def test_merged_shards_equal_one_build(folder: Path, parts: list[Path], bundled: Encoder, tmp_path: Path) -> None:
     assert all(len(ImageIndex.open(part)) < 14 for part in parts)
     whole, _ = ImageIndex.build(folder, tmp_path / "whole", encoder=bundled)
-    merged = merge_indexes(tmp_path / "merged", parts)
+    merged = merge_indexes(parts, tmp_path / "merged")
     assert sorted(item.path for item in merged) == sorted(item.path for item in whole)
     assert merged.verify() == []
     assert merged.snapshot.alive_count == 13, "the copy shares its vector although another shard held it"
     assert [entry["reason"] for entry in merged.skipped()] == ["not_an_image"]
-    reopened = ImageIndex.open(merged.store.folder, encoder=bundled)
+    reopened = ImageIndex.open(merged.folder, encoder=bundled)
     for query in ("a plane", "food"):
         one, other = whole.search(query, 14), reopened.search(query, 14)
         assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], abs=1e-5)
@@ -52,18 +53,42 @@ def test_merged_shards_equal_one_build(folder: Path, parts: list[Path], bundled:
 
 
 def test_merging_the_same_index_twice_takes_each_file_once(parts: list[Path], tmp_path: Path) -> None:
-    merged = merge_indexes(tmp_path / "merged", [*parts, parts[0]])
+    merged = merge_indexes([*parts, parts[0]], tmp_path / "merged")
     assert len(merged) == 14
 
 
 def test_parts_of_other_encoders_are_refused(parts: list[Path], tmp_path: Path) -> None:
     rows = np.eye(384, dtype=np.float32)[:9]
-    other = ImageIndex.from_vectors(tmp_path / "other", rows)
+    other = ImageIndex.from_vectors(rows, tmp_path / "other")
     with pytest.raises(EncoderMismatchError, match="bundled"):
-        merge_indexes(tmp_path / "merged", [parts[0], other.store.folder])
+        merge_indexes([parts[0], other.folder], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_an_existing_index_is_not_overwritten(parts: list[Path]) -> None:
     with pytest.raises(InputError, match="holds an index"):
-        merge_indexes(parts[0], parts[1:])
+        merge_indexes(parts[1:], parts[0])
+
+
+def test_an_index_that_appears_meanwhile_is_not_overwritten(
+    parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process makes an index between the first look and the lock."""
+    rows = np.eye(8, dtype=np.float32)
+    real = Store.write
+
+    def late(store: Store) -> object:
+        monkeypatch.undo()
+        ImageIndex.from_vectors(rows, store.folder)
+        return real(store)
+
+    for use in (
+        lambda out: merge_indexes(parts, out),
+        lambda out: ImageIndex.from_vectors(rows[:3], out),
+        lambda out: ImageIndex.build(parts[0].parent / "pics", out, encoder="bundled"),
+    ):
+        monkeypatch.setattr(Store, "write", late)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        with pytest.raises(InputError, match="holds an index"):
+            use(out)
+        assert len(ImageIndex.open(out)) == 8

@@ -10,7 +10,7 @@ import pytest
 from drawing import ordinary_user
 
 from mmalign.errors import InputError
-from retrieval.scan import FoundFile, parse_shard, scan
+from retrieval.scan import FoundFile, ScanSettings, parse_shard, scan
 
 
 def touch(path: Path | bytes, data: bytes = b"x") -> None:
@@ -20,7 +20,7 @@ def touch(path: Path | bytes, data: bytes = b"x") -> None:
 
 
 def paths(root: Path, **options: object) -> list[bytes]:
-    return [file.path for file in scan(root, **options).files]  # type: ignore[arg-type]
+    return [file.path for file in scan(root, ScanSettings(**options)).files]  # type: ignore[arg-type]
 
 
 def test_finds_images_at_any_depth_in_order_of_their_bytes(tmp_path: Path) -> None:

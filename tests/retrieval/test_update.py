@@ -17,11 +17,11 @@ from drawing import clustered, content, draw, names, ordinary_user, same_content
 from PIL import Image
 from tiny_encoder import DIM, TinyEncoder, expected_vector
 
-import retrieval.build
+import retrieval.update
 from mmalign.errors import EncoderMismatchError, InputError, MMAlignError, UnreadableImageError
 from mmalign.imaging import read_file
 from retrieval import ImageIndex, UpdateReport
-from retrieval.scan import scan
+from retrieval.scan import ScanSettings, scan
 
 PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 
@@ -35,7 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.append(os.fspath(path).rpartition("/")[2])
         return read_file(path)
 
-    monkeypatch.setattr(retrieval.build, "read_file", spy)
+    monkeypatch.setattr(retrieval.update, "read_file", spy)
     return log
 
 
@@ -90,14 +90,14 @@ def test_real_photographs(tmp_path: Path, encoder: TinyEncoder) -> None:
 
 def test_second_run_does_nothing_and_opens_nothing(folder: Path, encoder: TinyEncoder, opened: list[str]) -> None:
     index, _ = ImageIndex.build(folder, encoder=encoder)
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in index.store.folder.iterdir())
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in index.folder.iterdir())
     opened.clear()
     encoder.encoded = 0
     again, report = ImageIndex.build(folder, encoder=encoder)
     assert counts(report) == {"unchanged": 12}
     assert not opened
     assert not encoder.encoded
-    after = {(path.name, path.stat().st_mtime_ns) for path in index.store.folder.iterdir()}
+    after = {(path.name, path.stat().st_mtime_ns) for path in index.folder.iterdir()}
     assert after <= set(before), "only an old generation may be cleared"
     assert again.manifest["generation"] == index.manifest["generation"]
 
@@ -387,7 +387,7 @@ def test_settings_stay_even_if_no_file_changed(index: ImageIndex) -> None:
     index.update(fast_decode=True)
     assert index.info()["decode"]["fast_decode"] is True
     index.update()
-    assert ImageIndex.open(index.store.folder).info()["decode"]["fast_decode"] is True
+    assert ImageIndex.open(index.folder).info()["decode"]["fast_decode"] is True
 
 
 def test_file_that_vanishes_between_scan_and_read(
@@ -400,7 +400,7 @@ def test_file_that_vanishes_between_scan_and_read(
         Path(path).unlink(missing_ok=True)
         return read_file(path)
 
-    monkeypatch.setattr(retrieval.build, "read_file", vanish)
+    monkeypatch.setattr(retrieval.update, "read_file", vanish)
     report = index.update()
     assert sorted(entry["reason"] for entry in report.skipped) == ["missing", "missing"]
     monkeypatch.undo()
@@ -488,7 +488,7 @@ def test_overlapping_roots_are_refused(index: ImageIndex, folder: Path, tmp_path
 def test_a_second_writer_may_have_added_a_folder(index: ImageIndex, tmp_path: Path, encoder: TinyEncoder) -> None:
     draw(tmp_path / "second" / "a.png", 300)
     draw(tmp_path / "third" / "b.png", 301)
-    ImageIndex.open(index.store.folder, encoder=encoder).update(tmp_path / "second")
+    ImageIndex.open(index.folder, encoder=encoder).update(tmp_path / "second")
     index.update(tmp_path / "third")
     assert [root.name for root in index.roots] == ["photos", "second", "third"]
     assert {item.path.parent.name for item in index} == {"photos", "sub", "second", "third"}
@@ -512,7 +512,7 @@ def test_shards_cover_each_file_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_shard_without_files(folder: Path, tmp_path: Path) -> None:
-    empty = next(part for part in range(40) if not scan(folder, shard=(part, 40)).files)
+    empty = next(part for part in range(40) if not scan(folder, ScanSettings(shard=(part, 40))).files)
     index, report = ImageIndex.build(folder, tmp_path / "idx", encoder=TinyEncoder(), shard=(empty, 40))
     assert counts(report) == {}
     assert len(index) == 0
@@ -567,7 +567,7 @@ def test_bad_vectors_are_named(index: ImageIndex, tmp_path: Path) -> None:
     rows[[3, 5]] = rows[0]
     rows[66_001, 2] = np.inf
     with pytest.raises(InputError, match=r"rows 66000, 66001\)"):
-        ImageIndex.from_vectors(tmp_path / "idx", rows)
+        ImageIndex.from_vectors(rows, tmp_path / "idx")
     assert not (tmp_path / "idx").exists()
     with pytest.raises(InputError, match="8 columns, the index has 16"):
         index.add_vectors(clustered(2, 8))
@@ -705,7 +705,7 @@ def test_wrong_factory_is_found_before_anything_is_encoded(folder: Path, encoder
 
 def test_new_rows_are_found_before_they_are_in_faiss_and_merged_later(tmp_path: Path) -> None:
     rows = clustered(1100, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows[:1000], factory="IVF16,Flat")
+    index = ImageIndex.from_vectors(rows[:1000], tmp_path / "idx", factory="IVF16,Flat")
     first = index.manifest["faiss"]["file"]
     index.add_vectors(rows[1000:1050])
     assert index.manifest["faiss"]["rows"] == 1000
@@ -726,7 +726,7 @@ def test_new_rows_are_found_before_they_are_in_faiss_and_merged_later(tmp_path: 
 @pytest.mark.parametrize("factory", ["HNSW16,SQ8", "PQ8x4fs", "IVF8,RaBitQfs", "PCA8,IVF8,PQ8x4fs"])
 def test_every_type_of_index_grows(tmp_path: Path, factory: str) -> None:
     rows = clustered(1200, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows[:1000], factory=factory)
+    index = ImageIndex.from_vectors(rows[:1000], tmp_path / "idx", factory=factory)
     index.add_vectors(rows[1000:])
     assert index.manifest["faiss"]["rows"] == 1200
     scores, found = index.search_vectors(rows[1000:], 1)
@@ -737,7 +737,7 @@ def test_every_type_of_index_grows(tmp_path: Path, factory: str) -> None:
 
 def test_compaction_keeps_ids_and_results(tmp_path: Path) -> None:
     rows = clustered(1000, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows, paths=[f"p{n}" for n in range(1000)])
+    index = ImageIndex.from_vectors(rows, tmp_path / "idx", paths=[f"p{n}" for n in range(1000)])
     queries = clustered(20, DIM, seed=9)
     index.remove(range(190))
     assert len(index.vectors) == 1000, "19 % dead rows stay"
@@ -760,7 +760,7 @@ def test_compaction_keeps_ids_and_results(tmp_path: Path) -> None:
 
 def test_compaction_when_all_of_a_segment_is_dead(tmp_path: Path) -> None:
     rows = clustered(150, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows[:100])
+    index = ImageIndex.from_vectors(rows[:100], tmp_path / "idx")
     index.add_vectors(rows[100:])
     index.remove(range(100))
     assert [item.id for item in index] == list(range(100, 150))
@@ -769,7 +769,7 @@ def test_compaction_when_all_of_a_segment_is_dead(tmp_path: Path) -> None:
 
 def test_many_small_updates_do_not_pile_up_segments(tmp_path: Path) -> None:
     rows = clustered(400, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows[:300])
+    index = ImageIndex.from_vectors(rows[:300], tmp_path / "idx")
     for start in range(300, 400, 5):
         index.add_vectors(rows[start : start + 5])
     assert len(index.manifest["segments"]) <= 9
@@ -779,7 +779,7 @@ def test_many_small_updates_do_not_pile_up_segments(tmp_path: Path) -> None:
 
 def test_index_that_shrinks_below_its_lists_can_still_be_changed(tmp_path: Path) -> None:
     rows = clustered(500, DIM)
-    index = ImageIndex.from_vectors(tmp_path / "idx", rows, factory="IVF64,Flat")
+    index = ImageIndex.from_vectors(rows, tmp_path / "idx", factory="IVF64,Flat")
     index.remove(range(480))
     assert len(index.search(rows[490], k=50)) == 20
     index.add_vectors(rows)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from . import faiss_index
+from .exact import exact_search, merge_top, rescore
 from .vectors import Vectors
 
 __all__ = ["search_rows"]
@@ -48,24 +49,26 @@ def search_rows(
     if not wanted:
         return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     filtered = kept < total
+
+    def scan(queries: np.ndarray, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        rows = start + np.flatnonzero(allowed[start:]) if filtered or start else None
+        return exact_search(vectors, queries, k, rows=rows)
+
     if about is None or (filtered and kept <= max(_SCAN_ROWS, _SCAN_SHARE * total)):
-        return faiss_index.exact_search(vectors, queries, k, rows=np.flatnonzero(allowed) if filtered else None)
+        return scan(queries)
+    approximate = index()
+    if approximate is None:
+        return scan(queries)
     depth = about["candidates"] * k
     if filtered:
         depth = int(1.5 * depth * total / kept)
-    approximate = index()
-    if approximate is None:
-        return faiss_index.exact_search(vectors, queries, k, rows=np.flatnonzero(allowed) if filtered else None)
     _, found = faiss_index.search(approximate, queries, min(about["rows"], max(depth, wanted)))
     if filtered:
         found = np.where((found >= 0) & allowed[found], found, -1)
-    scores, rows = faiss_index.rerank(vectors, queries, found, k)
+    scores, rows = rescore(vectors, queries, found, k)
     if about["rows"] < total:
-        fresh = np.arange(about["rows"], total)
-        extra = faiss_index.exact_search(vectors, queries, k, rows=fresh[allowed[fresh]])
-        scores, rows = faiss_index.merge_top(scores, rows, *extra, k)
+        scores, rows = merge_top(scores, rows, *scan(queries, about["rows"]), k)
     short = np.flatnonzero((rows >= 0).sum(axis=1) < wanted)
     if len(short):
-        remaining = np.flatnonzero(allowed)
-        scores[short], rows[short] = faiss_index.exact_search(vectors, queries[short], k, rows=remaining)
+        scores[short], rows[short] = scan(queries[short])
     return scores, rows

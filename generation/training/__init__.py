@@ -1,0 +1,22 @@
+"""The training loop and what it stands on; the methods themselves are in `generation.methods`."""
+
+# ruff: noqa: F401 (`__all__` comes from lazy_loader)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from .configuration import TrainingConfig, load_config
+    from .denoising import DenoisingTrainer
+    from .trainer import Trainer, TrainingReport
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "configuration": ["TrainingConfig", "load_config"],
+        "denoising": ["DenoisingTrainer"],
+        "trainer": ["Trainer", "TrainingReport"],
+    },
+)

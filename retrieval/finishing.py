@@ -1,0 +1,210 @@
+"""What is derived from the vectors of a draft, brought up to date: FAISS, reference queries, calibration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mmalign.encoders import Encoder
+from mmalign.errors import InputError
+
+from . import faiss_index
+from .calibration import Calibration, query_bank
+from .draft import Draft
+from .faiss_index import Plan, choose_plan
+from .index_types import check_factory, is_registered
+from .options import FaissOptions
+from .vectors import Vectors, checked_rows, write_rows
+
+__all__ = ["AS_IT_WAS", "check_type", "finish", "needs_queries", "write_queries"]
+
+# Rows past the FAISS index are scanned exactly: 2,000 cost 0.2 ms a query. Beyond this share they are merged in.
+MERGE_SHARE = 0.05
+DEFAULT_RECALL = 0.95
+AS_IT_WAS = FaissOptions()
+
+
+def check_type(draft: Draft, options: FaissOptions = AS_IT_WAS) -> None:
+    """Before any work: whether FAISS, or this process, knows the index type that `finish` will be asked for.
+
+    Raises:
+        InputError: it does not.
+    """
+    if options.factory is not None:
+        if options.factory != "auto":
+            check_factory(options.factory, draft.dim)
+        return
+    kept = draft.settings.get("factory", "")
+    if draft.settings.get("registered") and not is_registered(kept):
+        raise InputError(
+            f"index {str(draft.folder)!r} is of type {kept!r}, which nothing has registered in this process; import "
+            f"what calls register_index_type({kept!r}, ...), or go back to the choice by size with --factory auto "
+            '(factory="auto")'
+        )
+
+
+def needs_queries(draft: Draft) -> bool:
+    """Whether the encoder, which takes text, should embed the built-in phrases: for the first time, or more of them."""
+    about = draft.manifest["queries"]
+    if "text" not in draft.manifest["encoder"]["modalities"]:
+        return False
+    return about is None or (about["built_in"] and about["count"] < len(query_bank(draft.rows)))
+
+
+def write_queries(draft: Draft, queries: np.ndarray, *, built_in: bool) -> None:
+    """Keep unit rows of reference text queries, for tuning and calibration."""
+    name = draft.writer.add("queries", lambda file: write_rows(file, [queries], len(queries), draft.dim))
+    draft.manifest["queries"] = {"file": name, "built_in": built_in, "count": len(queries)}
+    draft.touch()
+
+
+def finish(
+    draft: Draft,
+    encoder: Callable[[], Encoder] | None = None,
+    options: FaissOptions = AS_IT_WAS,
+    *,
+    force: bool = False,
+    progress: bool = False,
+) -> None:
+    """Drop dead rows, join segments, bring FAISS and calibration up to date, publish.
+
+    Args:
+        draft: what to finish.
+        encoder: gives what embeds the reference queries, asked only if they are needed; `None` does without.
+        options: hold from now on.
+        force: rebuild FAISS even if nothing asks for it.
+        progress: show a bar.
+
+    Raises:
+        InputError: the index type does not fit the vectors.
+    """
+    check_type(draft, options)
+    retune = _settle(draft, options)
+    draft.compact()
+    vectors = draft.vectors()
+    if len(vectors):
+        text_queries = options.text_queries
+        if text_queries is None and encoder is not None and needs_queries(draft):
+            text_queries = encoder().encode_texts(query_bank(draft.rows))
+        if text_queries is not None:
+            built_in = text_queries is not options.text_queries
+            write_queries(draft, checked_rows(text_queries, draft.dim), built_in=built_in)
+        rebuild = force or retune or options.text_queries is not None
+        if rebuild or text_queries is not None or _is_stale(draft):
+            _build_faiss(draft, vectors, rebuild, progress)
+            _calibrate(draft, vectors)
+    elif draft.manifest["faiss"] or draft.manifest["calibration"]:
+        draft.manifest["faiss"] = draft.manifest["calibration"] = None
+        draft.touch()
+    draft.checkpoint()
+
+
+def _settle(draft: Draft, options: FaissOptions) -> bool:
+    """Take over what was asked for; whether another recall was."""
+    settings = draft.settings
+    before = settings.get("recall", DEFAULT_RECALL)
+    for name in ("recall", "memory_bytes"):
+        if (value := getattr(options, name)) is not None:
+            settings[name] = value
+    if options.factory == "auto":
+        settings.pop("factory", None)
+        settings.pop("registered", None)
+    elif options.factory is not None:
+        settings["factory"], settings["registered"] = options.factory, is_registered(options.factory)
+    return bool(settings.get("recall", DEFAULT_RECALL) != before)
+
+
+def _is_stale(draft: Draft) -> bool:
+    """Whether there is no FAISS index, or one of too few rows or of another type than is wanted."""
+    current = draft.manifest["faiss"]
+    if current is None:
+        return True
+    grown = draft.rows - current["rows"] > MERGE_SHARE * draft.rows
+    return grown or not _same_type(_plan(draft), current)
+
+
+def _plan(draft: Draft) -> Plan:
+    """What was asked for; the choice by size if that was in an earlier run and does not fit the rows there are now."""
+    settings = draft.settings
+    factory, memory_bytes = settings.get("factory"), settings.get("memory_bytes")
+    try:
+        return choose_plan(draft.rows, draft.dim, factory=factory, memory_bytes=memory_bytes)
+    except InputError:
+        if not _forgiven(draft):
+            raise
+        return choose_plan(draft.rows, draft.dim, memory_bytes=memory_bytes)
+
+
+def _forgiven(draft: Draft) -> bool:
+    factory = draft.settings.get("factory")
+    return factory is not None and factory == draft.first_settings.get("factory")
+
+
+def _same_type(plan: Plan, current: dict[str, Any]) -> bool:
+    """Whether a FAISS file is what a plan asks for; a number of lists that was chosen by size may lag behind growth."""
+    wanted, present = plan.factory, current["factory"]
+    if plan.by_size and current["by_size"]:
+        wanted, present = (re.sub(r"\bIVF\d+", "IVF", factory) for factory in (wanted, present))
+    return bool(wanted == present)
+
+
+def _build_faiss(draft: Draft, vectors: Vectors, rebuild: bool, progress: bool) -> None:
+    rows = len(vectors)
+    plan, current = _plan(draft), draft.manifest["faiss"]
+    trained_on = rows
+    if current and not rebuild and _same_type(plan, current) and rows <= 2 * current["trained_on"]:
+        trained_on = current["trained_on"]
+        traits = choose_plan(rows, draft.dim, factory=current["factory"]).traits
+        plan = Plan(current["factory"], current["by_size"], replace(traits, parameters=current["parameters"]))
+        draft.writer.require_intact(draft.manifest, [current["file"]])
+        index = faiss_index.grow(draft.folder / current["file"], vectors, current["rows"], rows)
+    else:
+        try:
+            index = faiss_index.build(vectors, rows, plan, progress=progress)
+        except InputError:
+            if plan.by_size or not _forgiven(draft):
+                raise
+            plan = choose_plan(rows, draft.dim, memory_bytes=draft.settings.get("memory_bytes"))
+            index = faiss_index.build(vectors, rows, plan, progress=progress)
+    queries = _reference_queries(draft)
+    kind = "text" if queries is not None else "image"
+    if queries is None:
+        queries = noisy_rows(vectors)
+    recall = draft.settings.get("recall", DEFAULT_RECALL)
+    tuning = faiss_index.tune(index, vectors, rows, queries, plan, kind=kind, recall=recall)
+    draft.manifest["faiss"] = {
+        "file": draft.writer.add("faiss", lambda file: faiss_index.write(index, file)),
+        "factory": plan.factory,
+        "by_size": plan.by_size,
+        "rows": rows,
+        "trained_on": trained_on,
+        "parameters": tuning.parameters,
+        "candidates": tuning.candidates,
+    }
+    draft.manifest["measured"] = tuning.to_dict()
+    draft.touch()
+
+
+def _calibrate(draft: Draft, vectors: Vectors) -> None:
+    alive = np.zeros(len(vectors), bool)
+    alive[draft.items.row] = True
+    calibration = Calibration.measure(vectors, alive, _reference_queries(draft))
+    draft.manifest["calibration"] = calibration.to_dict() if calibration else None
+    draft.touch()
+
+
+def _reference_queries(draft: Draft) -> np.ndarray | None:
+    about = draft.manifest["queries"]
+    return np.load(draft.folder / about["file"], allow_pickle=False) if about else None
+
+
+def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Queries like stored images but not equal to any: stored rows plus Gaussian noise of half their norm."""
+    random = np.random.default_rng(seed)
+    rows = vectors.gather(np.sort(random.choice(len(vectors), min(count, len(vectors)), replace=False)))
+    rows = rows + noise * random.standard_normal(rows.shape, np.float32) / np.sqrt(np.float32(vectors.dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,113 @@
+"""The encoder's entry in the manifest: written, compared, and turned into an encoder again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.device import resolve_dtype
+from mmalign.encoders import Encoder, load_encoder
+from mmalign.errors import EncoderMismatchError, InputError
+
+__all__ = [
+    "check_encoder",
+    "check_same_encoder",
+    "describe_encoder",
+    "describe_vectors",
+    "given_encoder",
+    "recorded_dtype",
+]
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """An encoder as it stands in the manifest."""
+    return {
+        "spec": encoder.spec,
+        "fingerprint": encoder.fingerprint,
+        "dim": encoder.dim,
+        "dtype": _name_of(encoder.dtype),
+        "modalities": sorted(encoder.modalities),
+        "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing else None,
+    }
+
+
+def describe_vectors(dim: int) -> dict[str, Any]:
+    """The same keys for vectors of which nobody said what made them."""
+    unknown = dict.fromkeys(("spec", "fingerprint", "dtype", "preprocessing"))
+    return {**unknown, "dim": dim, "modalities": []}
+
+
+def given_encoder(
+    encoder: str | os.PathLike[str] | Encoder, device: str | torch.device | None, dtype: str | torch.dtype
+) -> Encoder:
+    """What a caller named, loaded if it is not an encoder yet.
+
+    Raises:
+        InputError: `device` or `dtype` beside an encoder that is loaded already.
+    """
+    if not isinstance(encoder, Encoder):
+        return load_encoder(encoder, device=device, dtype=dtype)
+    if device is not None or dtype != "auto":
+        raise InputError(
+            f"encoder {encoder.spec!r} is loaded already, so device and dtype would do nothing; leave them out and "
+            "call encoder.to(device, dtype), or give the spec instead of the encoder"
+        )
+    return encoder
+
+
+def recorded_dtype(about: dict[str, Any], dtype: str | torch.dtype, folder: Path) -> str:
+    """The image tower's precision that an index was made with; where that is not known, `dtype` itself.
+
+    Raises:
+        InputError: `dtype` asks for another.
+    """
+    recorded: str | None = about["dtype"]
+    wanted = None if dtype == "auto" else _name_of(resolve_dtype(dtype))
+    if wanted and recorded and wanted != recorded:
+        raise InputError(
+            f"index {str(folder)!r} was made with dtype {recorded}, not {wanted}; leave dtype out, or make a new index "
+            "with --out (out=...)"
+        )
+    return recorded or wanted or "float32"
+
+
+def check_encoder(about: dict[str, Any], encoder: Encoder, folder: Path) -> None:
+    """Whether an encoder may be used with an index.
+
+    Raises:
+        EncoderMismatchError: the index was made with another one.
+    """
+    if about["spec"] is None and encoder.dim == about["dim"]:
+        return
+    if encoder.fingerprint != about["fingerprint"]:
+        raise EncoderMismatchError(
+            f"index {str(folder)!r} was made with {_named(about)}, not with {encoder.spec!r} "
+            f"({encoder.fingerprint[:12]}); their vectors cannot be compared. Use the first, or make a new index with "
+            "--out (out=...)"
+        )
+
+
+def check_same_encoder(one: dict[str, Any], folder: Path, other: dict[str, Any], other_folder: Path) -> None:
+    """Whether the vectors of two indexes can be compared.
+
+    Raises:
+        EncoderMismatchError: they were made with different encoders.
+    """
+    if (one["fingerprint"], one["dim"]) != (other["fingerprint"], other["dim"]):
+        raise EncoderMismatchError(
+            f"{str(folder)!r} was made with {_named(one)}, {str(other_folder)!r} with {_named(other)}; indexes of "
+            "different encoders cannot be merged"
+        )
+
+
+def _named(about: dict[str, Any]) -> str:
+    if about["spec"] is None:
+        return f"vectors of {about['dim']} dimensions, of no recorded encoder"
+    return f"{about['spec']!r} (fingerprint {about['fingerprint'][:12]})"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
