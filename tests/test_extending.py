@@ -230,6 +230,29 @@ def test_a_fitted_head_indexes_a_folder(
     assert "linear_head" in (tmp_path / "head" / "encoder.json").read_text()
 
 
+# --- On the command line
+
+
+def test_a_plugin_is_imported_first(
+    command_line: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.encoders import registry
+
+    monkeypatch.setattr(registry, "SOURCES", dict(registry.SOURCES))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_mine.py").write_text(
+        "from mmalign import load_encoder, register_source\n"
+        "register_source('mine', lambda rest: load_encoder(rest), summary='NAME: like any other')\n"
+    )
+    assert "mine:" not in command_line("encoders").out
+    shown = command_line("--plugin", "of_mine", "encoders")
+    assert (shown.code, "mine:" in shown.out) == (0, True)
+    missing = command_line("--plugin", "not_there", "encoders")
+    assert missing.code == 1
+    assert "'not_there' cannot be imported" in missing.err
+
+
 # --- README
 
 

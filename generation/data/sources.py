@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmalign.errors import InputError
 
-from .rows import IMAGES, Kind, Row
+from .rows import Kind, Row
 
 __all__ = ["RowSource", "digest_files", "open_source", "walk"]
 
@@ -32,11 +32,6 @@ class RowSource(ABC):
 
     name: str
     kind: Kind | None = None
-
-    @property
-    def images_per_row(self) -> int | None:
-        """2 for pairs, 1 for captioned images, `None` where each row decides for itself."""
-        return IMAGES[self.kind] if self.kind else None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from typing_extensions import dataclass_transform
 from mmalign.errors import InputError, reason_of
 from mmalign.files import whole_file
 
+from ..data.rows import MAX_PIXELS
 from ..pipelines import guess_family
 from .presets import PRESETS
 
@@ -135,7 +136,7 @@ with winner/ and loser/, or of save_to_disk; datasets:NAME.
 
     split: str | None = _data(None, "Split of a datasets: set. (default: train)", fixed=False)
     bad_rows: Literal["skip", "refuse"] = _data("skip", "What to do when rows cannot be used.", fixed=False)
-    max_pixels: int = _data(50_000_000, "Leave out images of more pixels.", ge=1)
+    max_pixels: int = _data(MAX_PIXELS, "Leave out images of more pixels.", ge=1)
     filter_encoder: str | None = _data(
         None, "Encoder whose cosine of caption and image min_score and min_margin refer to, e.g. bundled."
     )

@@ -40,21 +40,14 @@ class LatentEncoder:
         generator = torch.Generator().manual_seed(int(key[:15], 16))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
         factor, mean, std = self._scale()
-        latent = (posterior.mean + posterior.std * noise).float().cpu()
-        if mean is not None and std is not None:
-            shape = (1, -1, 1, 1)
-            latent = (latent - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-        return (latent * factor)[0]
+        return (((posterior.mean + posterior.std * noise).float().cpu() - mean) / std * factor)[0]
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "channels h w"]) -> Float[Tensor, "3 height width"]:
         """Pixels, about [-1, 1], on the CPU. In tiles of 512 px: a whole 1024 px image takes several GB."""
         vae = self._vae.to(self._device)
         factor, mean, std = self._scale()
-        latent = latent.float().cpu()[None] / factor
-        if mean is not None and std is not None:
-            shape = (1, -1, 1, 1)
-            latent = latent * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+        latent = latent.float().cpu()[None] / factor * std + mean
         sizes = vae.tile_sample_min_size, vae.tile_latent_min_size
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
@@ -69,9 +62,12 @@ class LatentEncoder:
         self._vae.to("cpu")
         _empty_cache()
 
-    def _scale(self) -> tuple[float, Any, Any]:
+    def _scale(self) -> tuple[float, Float[Tensor, "1 channels 1 1"], Float[Tensor, "1 channels 1 1"]]:
+        """Latents are (z - mean) / std * factor; SD3 and FLUX have one mean for all channels, their shift."""
         config = self._vae.config
-        return config.scaling_factor, config.get("latents_mean"), config.get("latents_std")
+        mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+        std = config.get("latents_std") or [1.0]
+        return config.scaling_factor, *(torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
 
 class PromptEncoder:

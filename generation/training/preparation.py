@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mmalign.errors import InputError
-from mmalign.files import whole_file
 
-from ..data import CheckedData, RowSource, check_data, open_source
+from ..data import CheckedData, check_data, open_source
+from ..data.memory import write_json_lines
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
 from .training_set import EncodedSet, SampleOptions, samples_of
@@ -76,7 +74,7 @@ def check(
     with accelerator.main_process_first():  # the others read what the first one found
         checked = check_data(
             source,
-            kind="pairs" if unit == "pairs" or _holds_pairs(source) else "images",
+            kind="pairs" if unit == "pairs" else "auto",
             max_pixels=config.max_pixels,
             workers=config.workers,
             progress=config.progress and accelerator.is_main_process,
@@ -140,18 +138,9 @@ def cache_folder(config: TrainingConfig) -> Path:
     return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
 
 
-def _holds_pairs(source: RowSource) -> bool:
-    if source.images_per_row is not None:
-        return source.images_per_row == 2
-    return any(len(row.images) == 2 for row in itertools.islice(source.rows(), 100))
-
-
 def _report(checked: CheckedData, path: Path, warn: Callable[[str], None]) -> None:
     left_out = [problem for problem in checked.problems if problem.fatal]
-    with whole_file(path) as fresh, fresh.open("w", encoding="utf-8") as file:
-        for problem in left_out:
-            about = {"row": problem.row, "name": problem.name, "reason": problem.reason, "message": problem.message}
-            file.write(json.dumps(about) + "\n")
+    write_json_lines(path, map(asdict, left_out))
     for problem in left_out[:10]:
         warn(f"left out ({problem.reason}): {problem.name}: {problem.message}")
     if len(left_out) > 10:

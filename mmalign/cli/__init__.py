@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mmalign.errors import MMAlignError
+from mmalign.errors import InputError, MMAlignError, reason_of
 
 from .data import data_app
 from .generating import generate
@@ -60,8 +62,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Import this module of yours first, which registers encoder sources or index types."),
+    ] = None,
 ) -> None:
-    pass
+    for name in plugin or []:
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise InputError(f"plugin {name!r} cannot be imported ({reason_of(error)}); give a module's name") from None
 
 
 def main() -> None:

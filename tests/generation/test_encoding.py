@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from generation import tiny_pipeline
 from generation.tiny.tokenizers import clip_tokenizer
 from generation.training.encoding import LatentEncoder, PromptEncoder
 
@@ -51,6 +52,20 @@ def test_a_latent_is_a_function_of_image_and_key_alone(latent_encoder: LatentEnc
     torch.manual_seed(2)
     assert torch.equal(latent_encoder.encode(image, KEYS[0]), first)
     assert not torch.equal(latent_encoder.encode(image, KEYS[1]), first)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_shift_of_flow_models(family: str, image: Tensor) -> None:
+    """Against the middle of the posterior; noise has a mean of its own in each channel, which many draws average."""
+    vae = tiny_pipeline(family).vae
+    shift, factor = vae.config.shift_factor, vae.config.scaling_factor
+    assert shift
+    encoder = LatentEncoder(vae, CPU)
+    drawn = torch.stack([encoder.encode(image, key) for key in KEYS])
+    expected = posterior(vae, image)
+    noise = (drawn / factor + shift - expected.mean) / expected.std
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
 
 
 def test_latents_mean_and_std_are_honoured_and_decoding_undoes_it(tiny_sdxl: Any, image: Tensor) -> None:
