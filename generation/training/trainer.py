@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "Trainer", "TrainingReport"]
 
 _log = logging.getLogger(__name__)
+# Drawing takes half a second, and a checkpoint of a small run less.
+_CURVES_SECONDS = 30
 
 
 @dataclass
@@ -305,7 +307,7 @@ class Trainer(ABC):
         fields = dict.fromkeys(self.shown, "-")
         bar = progress_bar(config.method, config.steps, unit="steps", initial=self.step, enabled=shown, **fields)
         with bar as advance, Interruption() as interruption:
-            began = time.perf_counter()
+            began = drawn = time.perf_counter()
             for chunk in self.batches(self.prepared.data, self.step):
                 values = self.update(chunk)
                 self.step += 1
@@ -321,6 +323,9 @@ class Trainer(ABC):
                 stop = self._any_process(interruption.requested)
                 if self.step % config.checkpoint_every == 0 or last or stop:
                     self._save()
+                    if main and (last or stop or time.perf_counter() - drawn > _CURVES_SECONDS):
+                        draw_curves(self.folder.metrics, self.folder.curves, self.panels)
+                        drawn = time.perf_counter()
                 if stop and not last:
                     raise KeyboardInterrupt
                 began = time.perf_counter()
@@ -367,9 +372,6 @@ class Trainer(ABC):
                 }
                 (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             self.accelerator.wait_for_everyone()
-        if main:
-            draw_curves(self.folder.metrics, self.folder.curves, self.panels)
-        self.accelerator.wait_for_everyone()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         about = checkpoint.about()

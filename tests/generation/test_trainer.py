@@ -29,11 +29,8 @@ from generation.methods import (
     SupervisedConfig,
     SupervisedTrainer,
 )
-from generation.objectives import pair_errors
 from generation.pipelines import load_pipeline
 from generation.tiny import tiny_pipeline
-from generation.training.configuration import TrainingConfig
-from generation.training.denoising import DenoisingTrainer
 from generation.training.trainer import Trainer, TrainingReport
 from mmalign.errors import InputError, NonFiniteLossError
 
@@ -137,19 +134,6 @@ def test_the_reference_stays_what_it_was(adaptation, run, tmp_path):
     # The probe asks for the same predictions each time: the reference's answers must not move, the policy's must.
     assert rows[4]["probe_ref_mse_w"] == pytest.approx(rows[2]["probe_ref_mse_w"], abs=1e-12)
     assert rows[4]["probe_mse_w"] != rows[2]["probe_mse_w"]
-
-
-def test_a_new_objective_takes_a_loss_and_nothing_else(run, tmp_path):
-    class HingeTrainer(DenoisingTrainer):
-        config_class = TrainingConfig
-
-        def loss(self, batch):
-            mse_w, mse_l = pair_errors(self.denoiser.predict(batch), self.denoiser.target(batch))
-            return (mse_w - mse_l + 1).relu().mean(), {"mse_w": mse_w.detach(), "mse_l": mse_l.detach()}
-
-    report = run(HingeTrainer, steps=2)
-    assert report.step == 2
-    assert all(path.is_file() for path in report.exported)
 
 
 # --- splitting a batch, caching ---------------------------------------------------------------------------------

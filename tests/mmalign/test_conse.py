@@ -14,7 +14,6 @@ from mmalign.conse import bridge_images, centred_class_vectors, class_bridge
 from mmalign.encoders.timm import TimmEncoder
 from mmalign.errors import InputError
 from mmalign.imaging import ImagePreprocessing
-from mmalign.metrics import image_text_retrieval
 
 COLOURS = {"kitchen": (255, 0, 0), "dog": (0, 255, 0), "pizza": (0, 0, 255)}
 
@@ -138,16 +137,6 @@ def test_what_does_not_fit_together(tiny_sentence: Encoder, tiny_timm: Encoder) 
     for first, second in ((tiny_sentence, tiny_sentence), (Colours(), tiny_timm)):
         with pytest.raises(InputError, match="needs an image classifier and a text encoder"):
             class_bridge(first, second, list(COLOURS))
-
-
-def test_bundled_finds_photographs(bundled_photo_embeddings: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    images, texts, owner = bundled_photo_embeddings
-    assert (len(images), len(texts)) == (76, 380)
-    found = image_text_retrieval(images, texts, owner)
-    assert found["text_to_image"]["hit@1"] >= 0.40
-    assert found["text_to_image"]["hit@10"] >= 0.90
-    assert found["image_to_text"]["hit@1"] >= 0.41
-    assert found["image_to_text"]["hit@10"] >= 0.82
 
 
 def test_bundled_class_vectors_are_those_of_the_names(bundled: Encoder) -> None:
