@@ -251,6 +251,10 @@ def test_a_plugin_is_imported_first(
     missing = command_line("--plugin", "not_there", "encoders")
     assert missing.code == 1
     assert "'not_there' cannot be imported" in missing.err
+    (tmp_path / "broken.py").write_text("import os\nnothing_of_the_kind\n")
+    broken = command_line("--plugin", "broken.py", "encoders")
+    assert broken.code == 1
+    assert re.search(r"'broken.py' failed at .*broken\.py:2 \(NameError: .*nothing_of_the_kind", broken.err)
 
 
 # --- README

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -64,15 +65,24 @@ def _root(
     ] = False,
     plugin: Annotated[
         list[str] | None,
-        typer.Option(help="Import this module of yours first, which registers encoder sources or index types."),
+        typer.Option(
+            help="Import this module of yours first, which defines encoders or registers sources and index types: "
+            "mmalign --plugin MODULE index ..."
+        ),
     ] = None,
 ) -> None:
     for name in plugin or []:
         sys.path.insert(0, str(Path.cwd()))
         try:
-            import_module(name)
+            import_module(name.removesuffix(".py"))
         except ImportError as error:
             raise InputError(f"plugin {name!r} cannot be imported ({reason_of(error)}); give a module's name") from None
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(
+                f"plugin {name!r} failed at {place.filename}:{place.lineno} ({type(error).__name__}: "
+                f"{reason_of(error)}); mend it there"
+            ) from None
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import at_least
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
-from ..errors import InputError
+from ..errors import InputError, MMAlignError
 from ..fingerprint import digest_of
 from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing, read_image
 from ..progress import progress_bar
@@ -60,7 +61,7 @@ class Encoder(ABC):
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._fingerprint: str | None = None
-        self._rounded = False
+        self._rounded: torch.dtype | None = None  # what the weights of the image tower went through
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -207,7 +208,8 @@ class Encoder(ABC):
             measured = dtype == "auto" and self.device.type == "cpu" and self.preprocessing is not None
             self.dtype = self._fastest_dtype(module) if measured else resolve_dtype(dtype, self.device)
             module.to(self.dtype)
-            self._rounded = self._rounded or self.dtype != torch.float32
+            if self.dtype != torch.float32:
+                self._rounded = self.dtype
         return self
 
     def _fastest_dtype(self, module: nn.Module) -> torch.dtype:
@@ -245,11 +247,23 @@ class Encoder(ABC):
         """
         fingerprint = self.digest()
         if self._rounded and fingerprint != self.fingerprint:
-            raise InputError(
-                f"the weights of {self.spec!r} were rounded to half precision; load it with dtype='float32' to save it"
-            )
+            return self._in_full().save(folder)
         self._fingerprint = fingerprint
         return save_folder(self, Path(folder))
+
+    def _in_full(self) -> Encoder:
+        """The same encoder, loaded again, where `to` has rounded the weights and nothing else has changed them."""
+        from .registry import load_encoder
+
+        with contextlib.suppress(MMAlignError):
+            whole = load_encoder(self.spec, device="cpu")
+            fingerprint = whole.fingerprint
+            if fingerprint == self.fingerprint and whole.to("cpu", self._rounded).digest() == self.digest():
+                return load_encoder(self.spec, device="cpu")
+        raise InputError(
+            f"the weights of {self.spec!r} were rounded to half precision, and cannot be had in full any more; make it "
+            "with dtype='float32' to save it"
+        )
 
     def require(self, modality: str) -> None:
         """Raise InputError unless this encoder has a tower for "image" or "text"."""

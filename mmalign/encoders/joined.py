@@ -94,7 +94,7 @@ class JoinedEncoder(Encoder):
         self.image_encoder.to(device, dtype)
         self.device, self.dtype = self.image_encoder.device, self.image_encoder.dtype
         self.weights = {name: value.to(self.device) for name, value in self.weights.items()}
-        self._rounded = self._rounded or self.dtype != torch.float32
+        self._rounded = self.image_encoder._rounded
         return self
 
     @property

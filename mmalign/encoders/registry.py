@@ -128,7 +128,10 @@ def encoder_class(source: str) -> type[Encoder]:
     if source not in encoder_classes and source in _MODULES:
         import_module(_MODULES[source])
     if source not in encoder_classes:
-        raise InputError(f"a saved encoder of kind {source!r} needs the code that made it; import it first")
+        raise InputError(
+            f"a saved encoder of kind {source!r} needs the code that made it; import it first, or "
+            "`mmalign --plugin MODULE ...` on the command line"
+        )
     return encoder_classes[source]
 
 

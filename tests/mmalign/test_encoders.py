@@ -829,12 +829,25 @@ def test_auto_dtype_takes_the_faster_one_and_rounds_nothing(
 
 
 def test_rounded_weights_are_not_saved_as_the_original(open_clip_checkpoint: Path, tmp_path: Path) -> None:
-    encoder = load_encoder(f"open_clip:tiny-clip/{open_clip_checkpoint}", device="cpu", dtype="bfloat16")
+    """They are fetched again in full; where that cannot be, or they were trained since, saving is refused."""
+    spec = f"open_clip:tiny-clip/{open_clip_checkpoint}"
+    exact = load_encoder(spec, device="cpu")
+    encoder = load_encoder(spec, device="cpu", dtype="bfloat16")
+    again = load_encoder(encoder.save(tmp_path / "saved"), device="cpu")
+    assert again.fingerprint == exact.fingerprint
+    np.testing.assert_array_equal(again.encode_images(PHOTOS[:2]), exact.encode_images(PHOTOS[:2]))
+    assert encoder.dtype == torch.bfloat16
+    encoder.to("cpu", "float32").save(tmp_path / "saved")
+    assert load_encoder(tmp_path / "saved").fingerprint == exact.fingerprint
+
+    next(encoder.model.parameters()).data += 0.5
     with pytest.raises(InputError, match="dtype='float32'"):
-        encoder.save(tmp_path / "half")
+        encoder.save(tmp_path / "trained")
+    elsewhere = load_encoder(spec, device="cpu", dtype="bfloat16").to("cpu", "float32")
+    elsewhere.spec = "open_clip:tiny-clip/gone"
     with pytest.raises(InputError, match="dtype='float32'"):
-        encoder.to("cpu", "float32").save(tmp_path / "half")
-    assert not (tmp_path / "half").exists()
+        elsewhere.save(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_weights_trained_since_loading_are_saved(open_clip_checkpoint: Path, tmp_path: Path) -> None:
