@@ -113,8 +113,8 @@ def find_adapter(adapter: str | os.PathLike[str], weight: float = 1.0) -> Adapte
     """The .safetensors file that is meant.
 
     Args:
-        adapter: a file; a folder with pytorch_lora_weights.safetensors or with only one .safetensors file; or a hub
-            id, ORG/REPO or ORG/REPO/FILE.safetensors.
+        adapter: a file; a folder with pytorch_lora_weights.safetensors or with only one .safetensors file; the run
+            folder of a training; or a hub id, ORG/REPO or ORG/REPO/FILE.safetensors.
         weight: see `Adapter`.
 
     Raises:
@@ -124,6 +124,9 @@ def find_adapter(adapter: str | os.PathLike[str], weight: float = 1.0) -> Adapte
     path = Path(adapter)
     if path.is_dir():
         names = sorted(entry.name for entry in path.glob("*.safetensors"))
+        if not names and (path / "export").is_dir():  # of a training run
+            path /= "export"
+            names = sorted(entry.name for entry in path.glob("*.safetensors"))
         return Adapter(os.fspath(adapter), path / _only_file(names, str(path)), weight)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -231,8 +234,6 @@ def _only_file(names: Sequence[str], where: str) -> str:
     if "pytorch_lora_weights.safetensors" in names:
         return "pytorch_lora_weights.safetensors"
     if len(names) != 1:
-        if not names and (Path(where) / "export").is_dir():
-            raise InputError(f"adapter {where} is a run folder; give {Path(where) / 'export'}")
         found = f"several: {', '.join(names[:4])}" if names else "none"
         raise InputError(f"adapter {where} should have one .safetensors file and has {found}; give the file itself")
     return names[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,8 @@ def generate_again(
 ) -> GeneratedImage:
     """Draw an image once more from its settings: the same pixels on the same device with the same libraries.
 
-    An image that was drawn in a batch may differ by the rounding that another batch size brings.
+    An image that was drawn in a batch may differ by the rounding that another batch size brings. Its settings name
+    model and adapters as they were first given.
 
     Args:
         image: a generated image, or the file that one was saved as.
@@ -198,7 +199,8 @@ def generate_again(
         )
     except KeyError as missing:
         raise InputError(f"the settings lack {missing}, so the image cannot be drawn again; give another") from None
-    return again
+    names = {name: made[name] for name in ("model", "unet", "adapters") if name in made}
+    return replace(again, settings=names | {name: value for name, value in again.settings.items() if name not in names})
 
 
 def _refuse_others(made: dict[str, Any], pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -74,12 +75,28 @@ def whole_folder(path: str | os.PathLike[str], *, remedy: str = "") -> Iterator[
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors that others may read too: the library itself writes for the owner alone."""
+    """Write safetensors whose bytes follow from the arguments, and which others may read too.
+
+    The safetensors library writes metadata in an order of chance, and files for their owner alone.
+    """
     from safetensors.torch import save_file
 
     detached = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(detached, path, metadata=dict(metadata) if metadata else None)
     path.chmod(0o644)
+    if metadata and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # it is, by what is known of how the library writes; padded with blanks, as it does
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmalign.errors import InputError
 
-from .rows import IMAGES, Kind, Row
+from .rows import IMAGES, Kind, Row, likely_column
 
 __all__ = ["Columns", "find_columns", "form_rows"]
 
@@ -53,7 +53,9 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
     missing = [name for name in (*images, *(["label_0"] if pair else [])) if name not in names]
     missing += [] if caption else ["caption"]
     if missing or caption is None:
-        raise InputError(f"{where} has no column {', '.join(missing)}: {_WANTED}; found {found}")
+        likely = [column for column in (likely_column(name, names) for name in missing) if column]
+        asked = f" (did you mean {' and '.join(map(repr, likely))}?)" if likely else ""
+        raise InputError(f"{where} has no column {', '.join(missing)}{asked}: {_WANTED}; found {found}")
     for name in images:
         if not _holds_images(schema.field(name).type):
             raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmalign.errors import InputError
 
-from .rows import Row, unformed
+from .rows import Row, likely_column, unformed
 from .sources import RowSource, digest_files
 
 __all__ = ["MetadataSource", "parse_line"]
@@ -44,6 +44,8 @@ class MetadataSource(RowSource):
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
+                        if not self._offsets and isinstance(entry := parse_line(line), dict):
+                            self.columns = tuple(entry)
                         self._offsets.append(offset)
                         self._numbers.append(number)
                     offset += len(line)
@@ -89,8 +91,10 @@ class MetadataSource(RowSource):
         caption = next((key for key in _CAPTIONS if key in entry), None)
         labelled = keys != ("jpg_0", "jpg_1") or "label_0" in entry
         if caption is None or not labelled or not all(_has(entry, key) for key in keys):
-            found = ", ".join(map(repr, list(entry)[:20])) or "nothing"
-            return unformed(index, name, "missing_column", f"has {found}; it needs {_WANTED}")
+            missing = [] if caption else ["caption"]
+            missing += [] if labelled else ["label_0"]
+            missing += [key for key in keys if not _has(entry, key)]
+            return unformed(index, name, "missing_column", _told(missing, list(entry)))
         files: list[Any] = [entry.get(key, entry.get(f"{key}_file_name")) for key in keys]
         for key, file in zip(keys, files, strict=True):
             if not isinstance(file, str) or not file:
@@ -99,6 +103,14 @@ class MetadataSource(RowSource):
         found_rewards = tuple(entry.get(key) for key in rewards)
         known = None if all(reward is None for reward in found_rewards) else found_rewards
         return Row(index, name, entry[caption], tuple(self.folder / file for file in files), label, known, None)
+
+
+def _told(missing: list[str], found: list[str]) -> str:
+    likely = [column for column in (likely_column(name, found) for name in missing) if column]
+    asked = f"; did you mean {' and '.join(map(repr, likely))}?" if likely else ""
+    verb = "is" if len(missing) == 1 else "are"
+    has = ", ".join(map(repr, found[:20])) or "nothing"
+    return f"{' and '.join(missing)} {verb} missing{asked}; has {has}; it needs {_WANTED}"
 
 
 def _has(entry: dict[str, Any], key: str) -> bool:

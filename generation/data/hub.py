@@ -28,6 +28,7 @@ class HubSource(RowSource):
         self.name = f"{name} {split}"
         self._short_name = f"{Path(name).name} {split}" if Path(name).exists() else self.name
         dataset = _load(name, split)
+        self.columns = tuple(dataset.column_names)
         self._columns = find_columns(dataset.features.arrow_schema, repr(name))
         self.kind = self._columns.kind
         self._dataset = dataset.select_columns(self._columns.names).with_format("arrow")

@@ -37,6 +37,7 @@ class _File:
     groups: list[int]  # first row of each row group, and the number of rows
     columns: Columns | None
     wrong: str  # why there are no columns
+    names: tuple[str, ...]
 
     @property
     def rows(self) -> int:
@@ -73,6 +74,7 @@ class ParquetSource(RowSource):
             raise InputError(self._files[0].wrong)
         kinds = {columns.kind for columns in usable}
         self.kind = kinds.pop() if len(kinds) == 1 else None
+        self.columns = next(file.names for file in self._files if file.columns)
         self._starts = [0, *accumulate(file.rows for file in self._files)]
         self._lock = threading.Lock()
         self._cursor: _Cursor | None = None
@@ -173,11 +175,11 @@ def _open(path: Path, folder: Path) -> _File:
             f"{str(path)!r} is not a complete Parquet file ({_first_line(error)}); fetch or write it again"
         ) from None
     groups = [0, *accumulate(counts)]
-    name = path.relative_to(folder).as_posix()
+    name, names = path.relative_to(folder).as_posix(), tuple(schema.names)
     try:
-        return _File(path, name, groups, find_columns(schema, repr(str(path))), "")
+        return _File(path, name, groups, find_columns(schema, repr(str(path))), "", names)
     except InputError as error:
-        return _File(path, name, groups, None, str(error))
+        return _File(path, name, groups, None, str(error), names)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,6 +20,7 @@ __all__ = [
     "Problem",
     "Row",
     "fingerprint_examples",
+    "likely_column",
     "preferred_image",
     "unformed",
 ]
@@ -28,6 +30,18 @@ MAX_PIXELS, MIN_SIDE = 50_000_000, 64
 
 Kind: TypeAlias = Literal["pairs", "images"]
 IMAGES: dict[Kind, int] = {"pairs": 2, "images": 1}  # in a row
+
+# What others call the columns that are read here.
+_OTHER_NAMES = {
+    "caption": ("prompt", "description", "sentence", "title"),
+    "file_name": ("filename", "file", "path", "image"),
+    "image": ("jpg", "png", "file_name"),
+    "winner": ("chosen", "preferred"),
+    "loser": ("rejected",),
+    "label_0": ("label", "preference"),
+    "reward": ("score", "rewards", "rating"),
+}
+_READ = {"caption", "text", "winner", "loser", "jpg_0", "jpg_1", "label_0", "reward", "reward_0", "reward_1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,8 @@ class Problem:
     """What is wrong with a row, or worth knowing of it.
 
     `fatal` rows are left out, others are only noted. `message` is one line that does not repeat `name`. `reason` is
-    one of `mmalign.imaging.REASONS` or of those that `generation.data.checking.check_data` lists.
+    one of `mmalign.imaging.REASONS` or of those that `generation.data.checking.check_data` lists, or "missing_reward",
+    where a method weights single images by theirs.
     """
 
     row: int
@@ -106,6 +121,13 @@ def preferred_image(label_0: float) -> int:
 def unformed(index: int, name: str, reason: str, message: str) -> Row:
     """A row of which nothing but its problem is known."""
     return Row(index, name, None, (), None, None, Problem(index, name, reason, message, fatal=True))
+
+
+def likely_column(wanted: str, found: Iterable[str]) -> str | None:
+    """The one among the columns `found` that was probably meant, a misspelling or another usual name."""
+    free = [name for name in found if name not in _READ]
+    usual = [name for name in free if name.lower() in _OTHER_NAMES.get(wanted, ())]
+    return next(iter(difflib.get_close_matches(wanted, free, n=1) or usual), None)
 
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:

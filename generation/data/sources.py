@@ -28,10 +28,12 @@ class RowSource(ABC):
     Attributes:
         name: what a person calls it.
         kind: "pairs", or captioned "images"; `None` where each row decides for itself.
+        columns: names of all columns, for messages; of the first row where rows differ.
     """
 
     name: str
     kind: Kind | None = None
+    columns: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:

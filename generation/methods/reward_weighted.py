@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from ..training.configuration import Place, TrainingConfig, setting, settings
 from ..training.denoiser import Batch
 from ..training.denoising import DenoisingTrainer
 from ..training.preparation import Encoders
+from ..training.trainer import Trainer
 from ..training.training_set import EncodedSet
 
 __all__ = ["RewardWeightedConfig", "RewardWeightedTrainer", "ScoredBatch"]
@@ -27,12 +28,16 @@ __all__ = ["RewardWeightedConfig", "RewardWeightedTrainer", "ScoredBatch"]
 class RewardWeightedConfig(TrainingConfig):
     """Settings of `RewardWeightedTrainer`.
 
-    Data are captioned images with a `reward` in [0, 1]; of preference pairs, winners count 1 and losers 0. The
-    paper's beta is not known.
+    Data are captioned images with a `reward` in [0, 1], or preference pairs, whose winners count 1 and losers 0 unless
+    they have rewards. The paper's beta is not known.
     """
 
     method: ClassVar[str] = "rwl"
     summary: ClassVar[str] = "Reward-weighted likelihood: scored images (arXiv 2302.12192)."
+    data_kinds: ClassVar[str] = """captioned images with a column `reward` in [0, 1]: Parquet (image,
+caption, reward) or a folder with metadata.jsonl (file_name, caption, reward);
+rows without a reward are left out. Or pairs, as for the other methods: winners
+count 1 and losers 0, or their reward_0 and reward_1."""
     example: ClassVar[str] = "DATA OUTPUT --pretraining-data IMAGES"
 
     beta: float = setting(1.0, "Weight of the pre-training images' denoising; 0 needs none.", ge=0)
@@ -81,6 +86,8 @@ class RewardWeightedTrainer(DenoisingTrainer):
     config_class = RewardWeightedConfig
     config: RewardWeightedConfig
     unit = "images"
+    scored = True
+    shown: ClassVar[Mapping[str, tuple[str, str]]] = Trainer.shown
 
     def loss(self, batch: ScoredBatch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """`reward_weighted_loss`; values of each scored image."""
@@ -104,7 +111,9 @@ class RewardWeightedTrainer(DenoisingTrainer):
         super().check_settings()
         given = self.config.pretraining_data is not None
         if self.config.beta > 0 and not given:
-            raise InputError("beta is above 0 but no pretraining_data is given; give some, or set beta to 0")
+            raise InputError(
+                "beta is above 0 but no pretraining_data (--pretraining-data) is given; give some, or set beta to 0"
+            )
         if self.config.pretraining_split is not None and not given:
             raise InputError("pretraining_split is given without pretraining_data; give both, or neither")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -33,6 +34,9 @@ class SupervisedTrainer(DenoisingTrainer):
     config_class = SupervisedConfig
     config: SupervisedConfig
     unit = "winners"
+    shown: ClassVar[Mapping[str, tuple[str, str]]] = {
+        name: form for name, form in DenoisingTrainer.shown.items() if name != "ranked right"
+    }
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The denoising error, weighted by min-SNR if asked for."""

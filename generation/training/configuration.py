@@ -35,6 +35,7 @@ __all__ = [
     "setting",
     "settings",
     "to_dict",
+    "unlike_given",
     "write_config",
 ]
 
@@ -54,6 +55,7 @@ _Dtype = Annotated[
 ]
 
 Config = TypeVar("Config", bound="TrainingConfig")
+_Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -160,7 +162,9 @@ with winner/ and loser/, or of save_to_disk; datasets:NAME.
     alpha: float | None = _trained(
         None, "LoRA alpha; another value than the rank is misread by some tools. (default: rank)", gt=0
     )
-    targets: list[str] = _trained(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get a LoRA.", min_length=1)
+    targets: list[str] = _trained(
+        ["to_q", "to_k", "to_v", "to_out.0"], "Layers that get a LoRA; may repeat.", min_length=1
+    )
     lora_dropout: float = _trained(0.0, "Dropout before the LoRA.", ge=0, lt=1)
     dora: bool = _trained(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
     rslora: bool = _trained(False, "Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
@@ -194,7 +198,7 @@ with winner/ and loser/, or of save_to_disk; datasets:NAME.
     keep_checkpoints: int = _looking(3, "How many of the newest to keep.", ge=1)
     probe_every: int = _looking(50, "Steps between two looks at the fixed probe samples.", ge=1)
     probe_size: int = _looking(16, "Samples in the probe; 0 for none.", fixed=True, ge=0)
-    validation_prompts: list[str] = _looking([], "Prompts to render while training.")
+    validation_prompts: _Texts = _looking([], "Prompt to render while training, or several; may repeat.")
     validate_every: int = _looking(250, "Steps between renderings.", ge=1)
     validation_steps: int = _looking(25, "Denoising steps of a rendering.", ge=1)
     validation_guidance: float = _looking(5.0, "Guidance scale of a rendering.", ge=0)
@@ -247,6 +251,18 @@ def dry_run_of(config: Config, family: str | None = None) -> Config:
     if small == config and config.output.name == "dry-run":
         return config
     return dataclasses.replace(small, output=config.output / "dry-run")
+
+
+def unlike_given(config: TrainingConfig, small: TrainingConfig) -> list[str]:
+    """Settings other than the defaults that a dry run does without: "rank 4 instead of 999"."""
+    plain, now = to_dict(config), to_dict(small)
+    default = to_dict(type(config)())
+    chosen = [name for name in plain if plain[name] != default[name] and name not in ("model", "output", "cache_dir")]
+    return [
+        f"no {name} {plain[name]}" if now[name] is None else f"{name} {now[name]} instead of {plain[name]}"
+        for name in chosen
+        if now[name] != plain[name]
+    ]
 
 
 def to_dict(config: TrainingConfig) -> dict[str, Any]:

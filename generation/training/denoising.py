@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxtyping import Float
@@ -44,14 +45,16 @@ class DenoisingTrainer(Trainer):
 
     Attributes:
         unit: what a sample is: "pairs", "winners" or "images" (see `samples_of`).
+        scored: single images must have a reward; those without are left out.
         denoiser: the network with its noise schedule.
     """
 
     unit: ClassVar[str] = "pairs"
+    scored: ClassVar[bool] = False
     families = ("sdxl", "sd15")
     shown: ClassVar[Mapping[str, tuple[str, str]]] = {
         "loss": ("loss", "{:.4f}"),
-        "margin": ("margin_accuracy", "{:.2f}"),
+        "ranked right": ("margin_accuracy", "{:.0%}"),
         "drift": ("winner_drift", "{:+.1%}"),
         "memory": ("peak_memory_gb", "{:.1f} GB"),
     }
@@ -81,10 +84,14 @@ class DenoisingTrainer(Trainer):
         """Of a `Batch`: see `Trainer.loss`. Values `mse_w` (the winners' error) and `margin_accuracy` are watched."""
 
     def check_settings(self) -> None:
-        """Refuse a run without data."""
-        if not self.config.data:
+        """Refuse a run without data, and one that would write among them."""
+        data, output = self.config.data, self.config.output
+        if not data:
             raise InputError("no training data given; set data to a folder, Parquet files or datasets:NAME")
         super().check_settings()
+        folder = Path(data).expanduser()
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"output {str(output)!r} is in the training data {data!r}; give a folder elsewhere")
 
     def prepare(self) -> Prepared:
         """Check the rows first, as that is cheap and fails early; then load the model and encode what is missing."""
@@ -103,7 +110,7 @@ class DenoisingTrainer(Trainer):
         """The usable rows of each set of data, of which there is one; a method that trains on a second adds it here."""
         config = self.config
         self._filter = filter_of(config, self._reward)
-        chosen = {"split": config.split, "reward": self._filter, "min_margin": config.min_margin}
+        chosen = {"split": config.split, "reward": self._filter, "min_margin": config.min_margin, "scored": self.scored}
         return [self._checked(config.data, self.unit, "left_out_rows", **chosen)]
 
     def encode_rows(self, checked: list[CheckedData], encoders: Encoders) -> DenoisingData:

@@ -118,7 +118,9 @@ class Learner:
                     self.adaptation.save(folder / "averaged")
         if main:
             states = {name: part.state_dict() for name, part in self._stateful().items()}
-            torch.save({"updates": self.updates, **states}, folder / "optimizer.pt")
+            # Python's file mostly says why it cannot be written; given a path, torch says only where it stopped
+            with (folder / "optimizer.pt").open("wb") as file:
+                torch.save({"updates": self.updates, **states}, file)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, bit for bit."""

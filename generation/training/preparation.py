@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import torch
 
 from mmalign.errors import InputError
 
-from ..data import CheckedData, check_data, open_source
+from ..data import CheckedData, NothingUsableError, Problem, RowSource, check_data, open_source
 from ..data.memory import write_json_lines
+from ..data.rows import fingerprint_examples, likely_column
 from .configuration import TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
 from .training_set import EncodedSet, SampleOptions, samples_of
@@ -52,6 +54,7 @@ def check(
     reward: AnyReward | None = None,
     min_score: float | None = None,
     min_margin: float | None = None,
+    scored: bool = False,
 ) -> CheckedData:
     """All rows; those that cannot be used are listed in `report` and told to `warn`, or refused.
 
@@ -66,12 +69,16 @@ def check(
         reward: see `check_data`, as the next two.
         min_score: leave out rows whose winner scores less.
         min_margin: leave out pairs whose winner scores less than this above the loser.
+        scored: leave out single images without a reward, as "missing_reward".
 
     Raises:
-        InputError: the data cannot be read, or rows are left out and `config.bad_rows` refuses that.
+        InputError: the data cannot be read or are not what the method trains on, or rows are left out and
+            `config.bad_rows` refuses that.
     """
     source = open_source(data, split=split)
-    with accelerator.main_process_first():  # the others read what the first one found
+    if unit == "pairs" and source.kind == "images":
+        raise InputError(_no_pairs(config, source))
+    with accelerator.main_process_first(), _pairs_wanted(config, source):  # the others read what the first one found
         checked = check_data(
             source,
             kind="pairs" if unit == "pairs" else "auto",
@@ -83,13 +90,15 @@ def check(
             min_score=min_score,
             min_margin=min_margin,
         )
+    if scored and checked.options.kind == "images":
+        checked = _with_rewards(checked)
     if accelerator.is_main_process:
         _report(checked, report, warn)
     left_out = "1 row" if checked.left_out == 1 else f"{checked.left_out:,} rows"
     if checked.left_out and config.bad_rows == "refuse":
         raise InputError(
             f"{left_out} of {checked.source.name!r} cannot be used (listed in {str(report)!r}); "
-            "mend them, or set bad_rows to skip"
+            "mend them, or set bad_rows to skip (--bad-rows skip)"
         )
     return checked
 
@@ -136,6 +145,44 @@ def filter_of(config: TrainingConfig, given: AnyReward | None) -> AnyReward | No
 def cache_folder(config: TrainingConfig) -> Path:
     """Shared by all runs beside this one, unless set."""
     return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
+
+
+def _no_pairs(config: TrainingConfig, source: RowSource) -> str:
+    return (
+        f"{source.name!r} holds captioned images, and {config.method or 'this method'} trains on pairs; give pairs, "
+        "or use another method: `mmalign train sft` takes captioned images"
+    )
+
+
+@contextmanager
+def _pairs_wanted(config: TrainingConfig, source: RowSource) -> Iterator[None]:
+    try:
+        yield
+    except NothingUsableError as error:
+        if set(error.checked.reasons(fatal=True)) == {"not_a_pair"}:
+            raise InputError(_no_pairs(config, source)) from None
+        raise
+
+
+def _with_rewards(checked: CheckedData) -> CheckedData:
+    """Without single images that have no reward; refused where that leaves none."""
+    kept = [example for example in checked.examples if example.rewards]
+    if not kept:
+        columns = checked.source.columns
+        likely = likely_column("reward", columns)
+        asked = f"rename {likely!r}" if likely else f"add it to {', '.join(columns[:20])}" if columns else "add it"
+        raise InputError(
+            f"no image of {checked.source.name!r} has a reward, which this method weights it by; "
+            f"give a column 'reward' of numbers in [0, 1] ({asked})"
+        )
+    message = "has no reward; give each image one in [0, 1]"
+    lacking = [
+        Problem(example.row, example.name, "missing_reward", message, fatal=True)
+        for example in checked.examples
+        if not example.rewards
+    ]
+    problems = sorted([*checked.problems, *lacking], key=lambda problem: (problem.row, not problem.fatal))
+    return replace(checked, examples=kept, problems=problems, fingerprint=fingerprint_examples(kept))
 
 
 def _report(checked: CheckedData, path: Path, warn: Callable[[str], None]) -> None:

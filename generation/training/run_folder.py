@@ -24,6 +24,8 @@ from .configuration import TrainingConfig, differences, read_yaml, write_config
 __all__ = ["Checkpoint", "RunFolder"]
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
+# How torch's own writer words a full disk: a C++ stream's error, or only where in its file it stopped.
+_TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 class Checkpoint:
@@ -165,8 +167,7 @@ class RunFolder:
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
         except (InputError, OSError, SafetensorError, RuntimeError) as error:
-            # torch.save says of a full disk only where in its own file it stopped
-            full = isinstance(error, RuntimeError) and "inline_container" in str(error)
+            full = isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_CANNOT_WRITE)
             cause = error.__context__ if isinstance(error, InputError) else error
             if not full and not isinstance(cause, OSError | SafetensorError):
                 raise

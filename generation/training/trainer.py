@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from ..pipelines import (
     weights_fingerprint,
 )
 from .adaptation import Adaptation, make_adaptation
-from .configuration import TrainingConfig, dry_run_of
+from .configuration import TrainingConfig, dry_run_of, unlike_given
 from .curves import draw_curves
 from .feed import TrainingData, load_batches
 from .hardware import is_sharded, make_accelerator, memory_told, peak_memory, training_dtype
@@ -71,6 +72,16 @@ class TrainingReport:
     values: dict[str, float]
     warnings: list[str] = field(default_factory=list)
     left_out: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it: paths as text, and `None` for a value that is no finite number."""
+        return {
+            **vars(self),
+            "output": str(self.output),
+            "exported": [str(path) for path in self.exported],
+            "values": {name: value if math.isfinite(value) else None for name, value in self.values.items()},
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass
@@ -130,13 +141,15 @@ class Trainer(ABC):
         """
         if pipeline is not None and (config.vae or config.variant):
             raise InputError("vae and variant say how to load a model, and a loaded pipeline was given; leave them out")
-        self._pipeline, self._about_dry_run = pipeline, ""
+        self._pipeline, self._about_dry_run = pipeline, list[str]()
         self.config = config
         if config.dry_run:
             family = None if pipeline is None else pipeline_family(pipeline)
             self.config, self._pipeline = dry_run_of(config, family), None
             if pipeline is not None:
-                self._about_dry_run = f"a dry run: {self.config.model} stands in for the pipeline that was given"
+                self._about_dry_run.append(f"dry run: {self.config.model} stands in for the pipeline that was given")
+            if changed := unlike_given(config, self.config):
+                self._about_dry_run.append(f"dry run: {', '.join(changed)}")
         self.folder = RunFolder(self.config.output)
         self._begin()
 
@@ -201,8 +214,8 @@ class Trainer(ABC):
             stack.enter_context(memory_told(self.config, self.accelerator.device))
             if self.accelerator.is_main_process:
                 stack.enter_context(self.folder.locked())
-            if self._about_dry_run:
-                self.warn(self._about_dry_run)
+            for line in self._about_dry_run:
+                self.warn(line)
             checkpoint = self._open_folder()
             self.prepared = self.prepare()
             self.attach(self.prepared.pipeline)

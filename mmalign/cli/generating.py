@@ -31,7 +31,8 @@ def generate(
         str | None, typer.Option(help="Another UNet: the export/unet folder of `mmalign train --adaptation full`.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="A LoRA: file, folder or hub id; may repeat.")
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="A LoRA: file, folder, run or hub id; may repeat."),
     ] = None,
     adapter_weight: Annotated[
         list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")

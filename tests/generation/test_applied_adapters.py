@@ -217,8 +217,12 @@ def test_files_folders_and_hub_ids(lora: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has none"):
         find_adapter(folder)
     (tmp_path / "run" / "export").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"run is a run folder; give .*export"):
+    with pytest.raises(InputError, match="has none"):
         find_adapter(tmp_path / "run")
+    (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").touch()
+    found = find_adapter(tmp_path / "run")  # what a training run exported
+    assert found.file == tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors"
+    assert found.name == str(tmp_path / "run")
     (folder / "b.safetensors").touch()
     assert find_adapter(folder).file.name == "b.safetensors"
     (folder / "a.safetensors").touch()

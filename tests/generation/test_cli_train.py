@@ -61,6 +61,12 @@ def test_help_of_a_method_names_every_setting_and_its_default(run: Run, method: 
             assert f"(default: {default})" in line
 
 
+def test_help_says_what_the_method_and_its_options_take(run: Run) -> None:
+    assert "captioned images with a column `reward` in [0, 1]" in run("rwl", "--help")[1]
+    (line,) = [line for line in run("mapo", "--help")[1].splitlines() if " --validation-prompts " in line]
+    assert "may repeat" in line
+
+
 def test_help_fits_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("COLUMNS", "TERMINAL_WIDTH"):
         monkeypatch.setenv(name, "80")

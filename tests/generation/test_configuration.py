@@ -293,6 +293,11 @@ def test_a_dry_run_is_the_same_run_in_small(model: str, tiny: str) -> None:
     assert type(dry_run_of(RewardWeightedConfig(beta=0.0))) is RewardWeightedConfig
 
 
+def test_one_validation_prompt_need_not_be_in_a_list(write: Write) -> None:
+    assert MaPOConfig(validation_prompts="a dog").validation_prompts == ["a dog"]  # type: ignore[arg-type]
+    assert load_config(MaPOConfig, {}, write("validation_prompts: a dog")).validation_prompts == ["a dog"]
+
+
 def test_a_dry_run_of_a_folder_is_of_its_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     assert dry_run_of(MaPOConfig(model=tmp_path)).model == "tiny:sd3"

@@ -237,6 +237,23 @@ def test_odd_values(folder: Folder, entry: dict[str, Any], reason: str) -> None:
     assert fatal(check(folder.write())) == [("metadata.jsonl line 2", reason)]
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"captoin": "x", "winner": "0.png", "loser": "1.png"}, "caption is missing; did you mean 'captoin'?"),
+        ({"prompt": "x", "winner": "0.png", "loser": "1.png"}, "caption is missing; did you mean 'prompt'?"),
+        ({"caption": "x", "winner": "0.png"}, "loser is missing; has"),
+        ({"caption": "x", "jpg_0": "0.png", "lable_0": 1}, "label_0 and jpg_1 are missing; did you mean 'lable_0'?"),
+    ],
+)
+def test_a_missing_column_is_named_with_the_likely_one(folder: Folder, entry: dict[str, Any], said: str) -> None:
+    folder.add(caption="good", winner="2.png", loser="3.png")
+    folder.add(**entry)
+    (problem,) = (problem for problem in check(folder.write()).problems if problem.fatal)
+    assert problem.reason == "missing_column"
+    assert problem.message.startswith(said)
+
+
 def test_all_faults_of_a_row_are_told_at_once(folder: Folder) -> None:
     folder.add(caption="good", winner="2.png", loser="3.png")
     folder.add(caption="", jpg_0="gone.png", jpg_1="gone too.png", label_0=3)

@@ -257,6 +257,10 @@ def expected_errors() -> list[tuple[str, Callable[[Path], str | Path], str]]:
         pq.write_table(pa.table({"jpg_0": [b""], "jpg_1": [b""], "text": ["a"]}), path / "a.parquet")
         return path
 
+    def without_caption(path: Path) -> Path:
+        pq.write_table(pa.table({"image": [b""], "prompt": ["a"]}), path / "a.parquet")
+        return path
+
     def wrong_type(path: Path) -> Path:
         pq.write_table(pa.table({"image": [1], "caption": ["a"]}), path / "a.parquet")
         return path / "a.parquet"
@@ -275,6 +279,7 @@ def expected_errors() -> list[tuple[str, Callable[[Path], str | Path], str]]:
         ("empty folder", lambda path: path, "holds no training data; it needs Parquet"),
         ("one twin", one_twin, "has a folder winner/ but no loser/"),
         ("no label", without_label, "has no column label_0: .* found jpg_0, jpg_1, text"),
+        ("no caption", without_caption, r"no column caption \(did you mean 'prompt'\?\)"),
         ("wrong type", wrong_type, "column image of .* holds int64, not images"),
         ("cut file", cut, "is not a complete Parquet file"),
         ("other file", other_file, "is not .parquet or .jsonl"),

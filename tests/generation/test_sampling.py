@@ -210,7 +210,8 @@ def test_drawn_again_by_name_with_adapter_and_another_unet(
     (image,) = generate("a", adapter=Named(adapter), adapter_weight=0.7, dtype="bfloat16", **options)
     again = generate_again(image, device="cpu")
     np.testing.assert_array_equal(pixels(again), pixels(image))
-    assert again.settings["fingerprints"] == image.settings["fingerprints"]
+    assert again.settings == image.settings  # model, UNet and adapter by the names that were given
+    assert again.settings["model"] == str(tiny_sdxl_folder)
     assert np.abs(pixels(generate("a", dtype="bfloat16", **options)[0]) - pixels(image)).mean() > 1
 
     with pytest.raises(InputError, match=r"unet of .* are not those"):

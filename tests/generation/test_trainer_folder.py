@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from generation import generate, load_pipeline
 from generation.methods import MaPOConfig, MaPOTrainer, SupervisedConfig, SupervisedTrainer
 from mmalign.errors import InputError
+from mmalign.files import sha256_of
 
 SMALL: dict[str, Any] = {
     "model": "tiny:sdxl", "resolution": 64, "steps": 2, "batch_size": 2, "accumulation": 1, "rank": 2,
@@ -95,6 +96,15 @@ def test_a_cache_file_that_turned_bad_is_named_and_made_anew(kind, run, photo_pa
     assert named
     assert all(f"/{kind}/" in message for message in named)
     assert report.step == 3
+
+
+def test_a_finished_run_exports_the_same_bytes_again(run, photo_pairs):
+    before = {path.name: sha256_of(path) for path in (run / "export").iterdir()}
+    assert len(before) == 2
+    for path in (run / "export").iterdir():
+        path.unlink()
+    assert go_on(run, photo_pairs, steps=2).resumed_from == 2
+    assert {path.name: sha256_of(path) for path in (run / "export").iterdir()} == before
 
 
 def test_a_yaml_of_another_method_is_refused(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,11 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 
-from generation.methods import DiffusionDPOTrainer, MaPOConfig, MaPOTrainer, RewardWeightedTrainer
+from generation.methods import (
+    METHODS,
+    DiffusionDPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    RewardWeightedTrainer,
+    SupervisedTrainer,
+)
 from generation.tiny import tiny_pipeline
 from generation.training import learner as learner_module
 from generation.training import run_folder
@@ -196,6 +206,38 @@ def test_a_disk_that_is_full_is_told_in_one_line(size: int, run: Run, tmp_path: 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+    ids=lambda error: str(error)[:12],
+)
+def test_a_full_disk_is_told_however_torch_words_it(
+    error: Exception, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(states: Any, file: Any) -> None:
+        assert file.fileno() > 2  # Python's own file, which knows why it cannot be written
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"checkpoint of step 1 could not be written .*(disk is full|No space left)"):
+        run(steps=1)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_another_error_of_torch_is_no_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(states: Any, file: Any) -> None:
+        raise RuntimeError("a tensor of another world")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="another world"):
+        run(steps=1)
+
+
 def test_a_log_that_cannot_be_written_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(InputError, match=r"metrics\.jsonl' cannot be written \(Is a directory\); mend that"):
@@ -280,6 +322,76 @@ def test_a_score_of_ones_own_filters_the_pretraining_images_as_well(
     for name in ("left_out_rows.jsonl", "left_out_pretraining_rows.jsonl"):
         reasons = [json.loads(line)["reason"] for line in (tmp_path / "run" / name).read_text().splitlines()]
         assert reasons == ["low_score"] * 7
+
+
+def images_of(photo_pairs: Path, folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Captioned images, with what else is given of each."""
+    shutil.copytree(photo_pairs, folder)
+    entries = [{"file_name": f"{n}-0.png", "caption": f"photo {n}"} | row for n, row in enumerate(rows)]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return str(folder)
+
+
+def test_images_without_a_reward_are_left_out_by_name(run: Run, tmp_path: Path, photo_pairs: Path) -> None:
+    data = images_of(photo_pairs, tmp_path / "images", [{"reward": 0.0}, {}, {"reward": 0.0}, {"score": 0.5}])
+    report = run(RewardWeightedTrainer, data=data, beta=0.0, steps=1, weight_decay=0.0)
+    assert report.left_out == 2
+    listed = [json.loads(line) for line in (tmp_path / "run" / "left_out_rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in listed] == [(1, "missing_reward"), (3, "missing_reward")]
+    assert logged(tmp_path / "run")[-1]["reward"] == 0  # none counts 1
+    with pytest.raises(InputError, match="2 rows of"):
+        run(RewardWeightedTrainer, data=data, beta=0.0, bad_rows="refuse", output=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"), [({"score": 0.5}, "rename 'score'"), ({"rewards": 0.5}, "rename 'rewards'"), ({}, "add it to")]
+)
+def test_images_without_any_reward_are_refused(
+    row: dict[str, Any], asked: str, run: Run, tmp_path: Path, photo_pairs: Path
+) -> None:
+    data = images_of(photo_pairs, tmp_path / "images", [row] * 3)
+    with pytest.raises(InputError, match=rf"no image of .* has a reward.*column 'reward' .*\[0, 1\] \({asked}"):
+        run(RewardWeightedTrainer, data=data, beta=0.0)
+    run(SupervisedTrainer, data=data, steps=1)  # which needs none
+
+
+def test_images_where_pairs_are_wanted_are_told_who_takes_them(run: Run, tmp_path: Path, photo_pairs: Path) -> None:
+    data = images_of(photo_pairs, tmp_path / "images", [{}] * 3)
+    table = pa.table({"image": [(photo_pairs / "0-0.png").read_bytes()], "caption": ["a"]})
+    pq.write_table(table, tmp_path / "images.parquet")
+    for place in (data, str(tmp_path / "images.parquet")):
+        with pytest.raises(InputError, match=r"mapo trains on pairs; .*mmalign train sft` takes captioned") as told:
+            run(data=place)
+        assert "--kind" not in str(told.value)
+
+
+def test_a_run_folder_among_the_data_is_refused(run: Run, tmp_path: Path, photo_pairs: Path) -> None:
+    data = images_of(photo_pairs, tmp_path / "pairs", [{}])
+    for output in (tmp_path / "pairs", tmp_path / "pairs" / "runs" / "a", tmp_path / "x" / ".." / "pairs"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match="is in the training data"):
+            run(SupervisedTrainer, data=data, output=output)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_is_json(run: Run, tmp_path: Path) -> None:
+    report = run(steps=1)
+    report.values["grad_norm"] = math.inf  # as loss scaling leaves it
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert told["output"] == str(tmp_path / "run")
+    assert told["exported"] == [str(path) for path in report.exported]
+    assert (told["step"], told["resumed_from"], told["left_out"], told["warnings"]) == (1, None, 0, [])
+    assert told["values"]["loss"] == report.values["loss"]
+    assert told["values"]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_progress_bar_shows_what_the_method_has(method: str, run: Run, tmp_path: Path) -> None:
+    extra = {"beta": 0.0} if method == "rwl" else {}
+    trainer = METHODS[method]
+    report = run(trainer, steps=1, probe_size=1, **extra)
+    assert {name for name, _ in trainer.shown.values()} <= set(report.values)
+    assert ("ranked right" in trainer.shown) == (method in ("mapo", "diffusion-dpo"))
 
 
 def test_pretraining_images_are_checked_by_their_own_rules_and_counted(

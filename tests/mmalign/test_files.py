@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmalign.checks import at_least, in_range, one_of
@@ -87,6 +88,15 @@ def test_tensors_that_others_may_read(tmp_path: Path) -> None:
     save_tensors({"weight": weight}, path, {"made_by": "test"})
     torch.testing.assert_close(load_file(path)["weight"], weight.detach())
     assert path.stat().st_mode & 0o777 == 0o644
+    notes = {f"note {number}": "ü" * number for number in range(12)}
+    written = set()
+    for _ in range(6):
+        save_tensors({"weight": weight, "other": weight + 1}, path, notes)
+        written.add(path.read_bytes())
+    assert len(written) == 1, "not in an order of chance"
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == notes
+    torch.testing.assert_close(load_file(path)["other"], weight.detach() + 1)
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
