@@ -52,7 +52,7 @@ class Draft:
         self._last_checkpoint = time.monotonic()
         self._changed = False
         self.first_settings: dict[str, Any] = copy.deepcopy(manifest["settings"])
-        self._published = self.first_settings, list(self.skipped)
+        self._published = self._state()
 
     @classmethod
     def start(
@@ -88,6 +88,12 @@ class Draft:
         """What holds until it is said otherwise; part of the manifest, and JSON-safe."""
         settings: dict[str, Any] = self.manifest["settings"]
         return settings
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """Image files found, by number of the folder, where an update has not come to its end; part of the manifest."""
+        found: dict[str, int] = self.manifest.setdefault("unfinished", {})
+        return found
 
     @property
     def decode(self) -> DecodeSettings:
@@ -201,7 +207,7 @@ class Draft:
     def checkpoint(self) -> None:
         """Publish: from here on readers see it, and nothing of it can be lost."""
         self.skipped.sort(key=lambda entry: (entry["root"], entry["path"]))
-        if self._changed or (self.settings, self.skipped) != self._published:
+        if self._changed or self._state() != self._published:
             self._flush()
             table = self.items.to_table()
             self.manifest["items"] = self.writer.add("items", lambda file: write_arrow(table, file))
@@ -260,4 +266,8 @@ class Draft:
         names += [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
         self.manifest = self.writer.publish(manifest, names)
         self._changed = False
-        self._published = copy.deepcopy(self.settings), list(self.skipped)
+        self._published = self._state()
+
+    def _state(self) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]:
+        """What may differ from the published although no item did."""
+        return copy.deepcopy(self.settings), list(self.skipped), dict(self.unfinished)

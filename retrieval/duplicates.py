@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -9,10 +13,10 @@ from scipy.sparse.csgraph import connected_components
 from mmalign.checks import at_least, in_range
 from mmalign.progress import progress_bar
 
-from .items import Item
+from .items import NO_HASH, Item
 from .snapshot import Snapshot
 
-__all__ = ["find_duplicates"]
+__all__ = ["find_duplicates", "links_of", "spare_files"]
 
 
 def find_duplicates(
@@ -21,7 +25,7 @@ def find_duplicates(
     """Groups of two or more images that are the same, largest first.
 
     Near-duplicates are the connected components of "cosine of at least `near`", so the ends of a chain may be less
-    alike than that.
+    alike than that. In a group, files that are there and as they were indexed come first, and links after real files.
 
     Args:
         snapshot: where to look.
@@ -42,7 +46,55 @@ def find_duplicates(
     for position, row in enumerate(snapshot.items.numbers("row")):
         groups.setdefault(int(owner[row]), []).append(position)
     shared = sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
-    return [[snapshot.items.item(position) for position in group] for group in shared]
+    return [sorted(map(snapshot.items.item, group), key=_last_to_keep) for group in shared]
+
+
+def links_of(group: Sequence[Item]) -> list[Item | None]:
+    """For each of a group, the one before it that is the same file under another name (a link), or `None`."""
+    first: dict[Hashable, Item] = {}
+    found = []
+    for item in group:
+        one = first.setdefault(_identity(item.path), item)
+        found.append(None if one is item else one)
+    return found
+
+
+def spare_files(group: Sequence[Item]) -> list[Item]:
+    """Those whose files can be deleted while the first stays.
+
+    A link to a file is that file, and no copy of it. What changed or vanished since it was indexed is left out too, and
+    all are if that happened to the first.
+    """
+    if not _is_as_indexed(group[0]):
+        return []
+    found = zip(group[1:], links_of(group)[1:], strict=True)
+    return [item for item, same in found if same is None and _is_as_indexed(item)]
+
+
+def _last_to_keep(item: Item) -> tuple[bool, bool]:
+    return not _is_as_indexed(item), _is_link(item.path)
+
+
+def _identity(path: Path) -> Hashable:
+    """What is equal for all names of one file."""
+    try:
+        about = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(path)
+
+
+def _is_link(path: Path) -> bool:
+    """Whether the file, or a folder on the way to it, is a symbolic link."""
+    return os.path.realpath(path) != os.path.abspath(path)
+
+
+def _is_as_indexed(item: Item) -> bool:
+    try:
+        about = item.path.stat()
+    except OSError:
+        return False
+    return item.sha256 == NO_HASH.hex() or (about.st_size, about.st_mtime_ns) == (item.size, item.mtime_ns)
 
 
 def _components(snapshot: Snapshot, near: float, neighbours: int, progress: bool) -> np.ndarray:

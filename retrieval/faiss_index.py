@@ -23,6 +23,7 @@ from mmalign.progress import progress_bar
 from .exact import exact_search, rescore
 from .faiss_module import faiss_reason, import_faiss
 from .index_types import Traits, make_index
+from .storage import verify_command
 from .vectors import Vectors
 
 __all__ = ["EXACT_ROWS", "Plan", "Tuning", "build", "choose_plan", "grow", "read", "search", "tune", "write"]
@@ -154,7 +155,7 @@ def read(path: Path, parameters: dict[str, int]) -> Any:
     except Exception as error:
         raise IndexDamagedError(
             f"{str(path)!r} cannot be read by FAISS ({faiss_reason(error)}); "
-            "`mmalign verify INDEX --repair` rebuilds it"
+            f"{verify_command(path.parent, repair=True)} rebuilds it"
         ) from None
     set_parameters(index, parameters)
     return index

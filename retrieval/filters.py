@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from mmalign.encoders.hub import closest
 from mmalign.errors import InputError
 
 __all__ = ["kept_ids"]
@@ -17,13 +18,20 @@ _KEY_VALUE = re.compile(r"\s*([^\W\d]\w*)\s*=\s*([^=<>'\"();]*?)\s*")
 # Words of SQL in capitals: `width=1000 AND city IS NULL` is no value.
 _SQL = re.compile(r"\s(AND|OR|IS|IN|LIKE|BETWEEN|NOT)\s")
 
+_MODIFIED = "make_timestamp(items.mtime_ns // 1000)"
+# Names that people expect; a column of the user's comes first.
+_ALIASES = {"path": "items.name", "time": _MODIFIED}
+# How DuckDB speaks of a column that is not there.
+_UNKNOWN = re.compile(r'Referenced column "([^"]+)" not found')
+
 
 def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[str]) -> Int[np.ndarray, " kept"]:
     """Ids of the items for which every condition holds.
 
     Args:
-        items: columns of `retrieval.items.SCHEMA`; a column `modified` (timestamp, UTC) is added.
-        metadata: the user's columns and `id`; ours win where names are equal.
+        items: columns of `retrieval.items.SCHEMA`; columns `modified` (timestamp, UTC), `path` (= name) and
+            `time` (= modified) are added.
+        metadata: the user's columns and `id`; ours win where names are equal, but for `path` and `time`.
         where: conditions joined by AND. Each is SQL (`width > 1000 AND city = 'Rome'`) or `key=value`, where the value
             is compared as the column's type: text as it is, numbers by what they are.
 
@@ -39,6 +47,7 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
         if field.name.lower() not in kinds:
             kinds[field.name.lower()] = field.type
             extra.append('meta."' + field.name.replace('"', '""') + '"')
+    aliases = {name: column for name, column in _ALIASES.items() if name not in kinds}
     clauses, values = [], []
     for condition in conditions:
         pair = _KEY_VALUE.fullmatch(condition)
@@ -49,7 +58,8 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
             raise InputError('a filter is empty; give for example "width > 1000" or city=Rome')
         else:
             clauses.append(f"({condition})")
-    columns = ", ".join(["items.*", "make_timestamp(items.mtime_ns // 1000) AS modified", *extra])
+    computed = {"modified": _MODIFIED, **aliases}
+    columns = ", ".join(["items.*", *(f'{column} AS "{name}"' for name, column in computed.items()), *extra])
     source = "items" if metadata is None else "items LEFT JOIN meta ON items.id = meta.id"
     statement = f"SELECT id FROM (SELECT {columns} FROM {source}) WHERE {' AND '.join(clauses) or 'true'}"
     # A condition comes from a person or, in a service, from a stranger: it sees two tables and nothing else.
@@ -65,12 +75,15 @@ def kept_ids(items: pa.Table, metadata: pa.Table | None, where: str | Sequence[s
         found = connection.execute(statement, values).fetchnumpy()["id"]
     except (duckdb.Error, TypeError) as error:  # TypeError: text that is no Unicode
         reason = str(error).splitlines()[0]
+        shown = " AND ".join(conditions)
         names = [name for name in items.column_names if name not in ("name_bytes", "sha256", "mtime_ns", "row")]
-        names += ["modified", *(metadata.column_names if metadata is not None else [])]
-        raise InputError(
-            f"filter {' AND '.join(conditions)!r} is not understood ({reason}); "
-            f"columns: {', '.join(dict.fromkeys(names))}"
-        ) from None
+        names += [*computed, *(metadata.column_names if metadata is not None else [])]
+        known = f"columns: {', '.join(dict.fromkeys(names))}"
+        if unknown := _UNKNOWN.search(reason):
+            raise InputError(
+                f"filter {shown!r}: {unknown[1]!r} is not a column{closest(unknown[1].lower(), names)}; {known}"
+            ) from None
+        raise InputError(f"filter {shown!r} is not understood ({reason}); {known}") from None
     finally:
         connection.close()
     return np.asarray(found, np.int64)

@@ -42,8 +42,8 @@ def check_type(draft: Draft, options: FaissOptions = AS_IT_WAS) -> None:
     if draft.settings.get("registered") and not is_registered(kept):
         raise InputError(
             f"index {str(draft.folder)!r} is of type {kept!r}, which nothing has registered in this process; import "
-            f"what calls register_index_type({kept!r}, ...), or go back to the choice by size with --factory auto "
-            '(factory="auto")'
+            f"what calls register_index_type({kept!r}, ...) (`mmalign --plugin MODULE index ...`), or go back to the "
+            'choice by size with --factory auto (factory="auto")'
         )
 
 

@@ -47,6 +47,7 @@ class Hit:
             "match": None if self.match is None else round(self.match, 4),
             "id": self.item.id,
             "path": os.fspath(self.item.path),
+            "exists": self.item.exists,
             "name": self.item.name,
             "width": self.item.width,
             "height": self.item.height,

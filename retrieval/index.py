@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from mmalign.checks import at_least, one_of
 from mmalign.device import resolve_dtype
-from mmalign.encoders import DEFAULT_SPEC, Encoder, load_encoder
+from mmalign.encoders import DEFAULT_SPEC, Encoder
 from mmalign.errors import InputError
 
 from . import writing
@@ -26,7 +26,7 @@ from .hits import Hit
 from .items import Item, Items, display_path, iterate
 from .options import FaissOptions, UpdateOptions, checked_options
 from .query import Query, Term, as_terms, as_vector, embed_query
-from .recorded_encoder import check_encoder, given_encoder, recorded_dtype
+from .recorded_encoder import check_encoder, given_encoder, load_recorded, recorded_dtype
 from .report import UpdateReport
 from .snapshot import Snapshot
 from .storage import DEFAULT_FOLDER, Manifest, Store, find_index
@@ -262,12 +262,7 @@ class ImageIndex:
     def _encoder_of(self, about: dict[str, Any]) -> Encoder:
         encoder = self._encoder
         if encoder is None:
-            if about["spec"] is None:
-                raise InputError(
-                    "this index was made from vectors alone; open it with the encoder that made them, "
-                    "ImageIndex.open(folder, encoder=...), or search with vectors"
-                )
-            encoder = load_encoder(about["spec"], device=self._device, dtype=about["dtype"])
+            encoder = load_recorded(about, self._device)
         check_encoder(about, encoder, self.folder)
         self._encoder = encoder
         return encoder
@@ -282,6 +277,7 @@ class ImageIndex:
             "images": len(snapshot.items),
             "distinct": snapshot.alive_count,
             "skipped": len(snapshot.skipped()),
+            "complete": snapshot.unfinished is None,
             "encoder": manifest["encoder"],
             "decode": manifest["settings"]["decode"],
             "faiss": manifest["faiss"],

@@ -145,7 +145,8 @@ def check_factory(factory: str, dim: int) -> None:
     """
     if factory not in _REGISTERED and (reason := _understood(factory, dim)) is not None:
         raise InputError(
-            f"FAISS does not understand the factory string {factory!r}: {reason}{closest(factory, list(_REGISTERED))}"
+            f"FAISS does not understand the factory string {factory!r}: {reason}{closest(factory, list(_REGISTERED))}; "
+            "a type of your own has to be registered first (`mmalign --plugin MODULE index ...`)"
         )
 
 

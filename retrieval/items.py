@@ -68,6 +68,11 @@ class Item:
     format: str
     flags: tuple[str, ...]
 
+    @property
+    def exists(self) -> bool | None:
+        """Whether the file is there now; `None` for a relative name of which nobody said where it is."""
+        return self.path.exists() if self.path.is_absolute() else None
+
 
 def display_path(raw: bytes) -> str:
     """A path as printable text: bytes that are no UTF-8 come out as `\\udcXX`, control characters as escapes."""

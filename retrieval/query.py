@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,20 @@ from mmalign.encoders import Encoder
 from mmalign.errors import InputError
 from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 
+from .scan import IMAGE_SUFFIXES
 from .vectors import checked_rows
 
-__all__ = ["Query", "Term", "as_terms", "as_vector", "embed_query", "parse_term"]
+__all__ = [
+    "Query",
+    "Term",
+    "as_terms",
+    "as_vector",
+    "embed_query",
+    "find_image",
+    "has_image_suffix",
+    "names_image",
+    "parse_term",
+]
 
 
 @dataclass(frozen=True)
@@ -50,28 +62,48 @@ Query = Any
 _WEIGHT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)):(?=.)", re.DOTALL)
 
 
-def parse_term(text: str, sign: float = 1.0) -> Term:
+def parse_term(text: str, sign: float = 1.0, roots: Sequence[Path] = ()) -> Term:
     """A term as typed: `words`, `path/to/image.jpg`, either with a weight in front (`2:red`, `0.5:photo.jpg`).
 
-    What names an existing file is an image. `text:` and `image:` in front say which is meant.
+    What names an existing file, here or in one of `roots`, is an image. `text:` and `image:` in front say which is
+    meant.
 
     Raises:
-        InputError: nothing but a weight, or an image path that does not exist.
+        InputError: nothing but a weight, or what looks like an image file and is none.
     """
-    weight = sign
+    weight, front = sign, ""
     match = _WEIGHT.match(text)
-    if match and not _is_file(text):
-        weight, text = sign * float(match[1]), text[match.end() :]
+    if match and find_image(text, roots) is None:
+        weight, front, text = sign * float(match[1]), match[0], text[match.end() :]
     if text.startswith("text:"):
         return Term(text[5:], weight)
     if text.startswith("image:"):
-        return Term(Path(text[6:]), weight, "image")
-    return Term(Path(text), weight, "image") if _is_file(text) else Term(text, weight)
+        return Term(find_image(text[6:], roots) or Path(text[6:]), weight, "image")
+    path = find_image(text, roots)
+    if path is None and names_image(text):
+        raise InputError(f"{text!r} does not exist; {front}text:{text} searches for the words")
+    return Term(text, weight) if path is None else Term(path, weight, "image")
 
 
-def _is_file(text: str) -> bool:
+def names_image(text: str) -> bool:
+    """Whether a text looks like the name of an image file, be it there or not."""
+    return has_image_suffix(text) or "/" in text or os.sep in text
+
+
+def has_image_suffix(text: str) -> bool:
+    """Whether a text ends as image files do."""
+    return Path(text).suffix.lower() in IMAGE_SUFFIXES
+
+
+def find_image(text: str, roots: Sequence[Path]) -> Path | None:
+    """The file of that name here; else, if it looks like an image's name, in the first of the folders that has it."""
+    places = [Path(text), *(root / text for root in roots)] if names_image(text) else [Path(text)]
+    return next((place for place in places if _is_file(place)), None)
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return Path(text).is_file()
+        return path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL: words
         return False
 

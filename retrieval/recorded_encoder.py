@@ -18,6 +18,7 @@ __all__ = [
     "describe_encoder",
     "describe_vectors",
     "given_encoder",
+    "load_recorded",
     "recorded_dtype",
 ]
 
@@ -56,6 +57,25 @@ def given_encoder(
             "call encoder.to(device, dtype), or give the spec instead of the encoder"
         )
     return encoder
+
+
+def load_recorded(about: dict[str, Any], device: str | torch.device | None) -> Encoder:
+    """The encoder that an index was made with.
+
+    Raises:
+        InputError: none is recorded, or the folder it was in is gone.
+    """
+    spec = about["spec"]
+    if spec is None:
+        raise InputError(
+            "this index was made from vectors alone; open it with the encoder that made them, "
+            "ImageIndex.open(folder, encoder=...), or search with vectors"
+        )
+    if Path(spec).is_absolute() and not Path(spec).is_dir():
+        raise InputError(
+            f"this index was made with the encoder in {spec!r}, which is not there; give --encoder FOLDER (encoder=...)"
+        )
+    return load_encoder(spec, device=device, dtype=about["dtype"])
 
 
 def recorded_dtype(about: dict[str, Any], dtype: str | torch.dtype, folder: Path) -> str:

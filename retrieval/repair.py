@@ -10,8 +10,9 @@ from mmalign.errors import IndexDamagedError
 
 from .draft import Draft
 from .finishing import finish
+from .remedies import index_commands
 from .snapshot import Snapshot
-from .storage import Manifest, Store, find_index
+from .storage import Manifest, Store, find_index, verify_command
 
 __all__ = ["Problem", "diagnose", "repair"]
 
@@ -94,10 +95,9 @@ def _derived(manifest: Manifest) -> set[str | None]:
 
 def _remedy(name: str, folder: Path, manifest: Manifest) -> str:
     if name in _derived(manifest):
-        return f"`mmalign verify {folder} --repair` makes it again or does without"
+        return f"{verify_command(folder, repair=True)} makes it again or does without"
     return f"restore the file from a backup, or {_again(manifest, folder)}"
 
 
 def _again(manifest: Manifest, folder: Path) -> str:
-    roots = " ".join(root["absolute"] for root in manifest["roots"]) or "FOLDER"
-    return f"delete {folder} and run `mmalign index {roots} --out {folder}`"
+    return f"delete {str(folder)!r} and run {index_commands(manifest, folder)}"

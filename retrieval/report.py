@@ -21,6 +21,7 @@ class UpdateReport:
         withheld_removals: gone, but kept because they are so many that the disk may be missing.
         unchanged: as before.
         skipped: files that could not be read: path, reason, message.
+        newly_skipped: those of them that are not skipped for the same reason since an earlier update.
         metadata_unmatched: metadata rows that name no indexed file.
         seconds: for the whole update, FAISS included; 0 until it is done.
         encoded: images that went through the model.
@@ -35,6 +36,7 @@ class UpdateReport:
     withheld_removals: int = 0
     unchanged: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    newly_skipped: list[dict[str, Any]] = field(default_factory=list)
     metadata_unmatched: int = 0
     seconds: float = 0.0
     encoded: int = 0

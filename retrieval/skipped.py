@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from mmalign.errors import IndexDamagedError
 
-from .storage import Manifest
+from .storage import Manifest, verify_command
 
 __all__ = ["read_skipped", "write_skipped"]
 
@@ -28,11 +28,11 @@ def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise IndexDamagedError(
             f"{str(folder / name)!r} is gone; `refresh()` if the index has been written since it was opened, else "
-            "`mmalign verify INDEX --repair`"
+            f"{verify_command(folder, repair=True)}"
         ) from None
     except ValueError:
         raise IndexDamagedError(
-            f"{str(folder / name)!r} is damaged; `mmalign verify INDEX --repair` drops it"
+            f"{str(folder / name)!r} is damaged; {verify_command(folder, repair=True)} drops it"
         ) from None
 
 

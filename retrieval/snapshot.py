@@ -22,10 +22,11 @@ from .calibration import Calibration
 from .filters import kept_ids
 from .hits import Hit
 from .items import SCHEMA, Items, display_path, read_arrow
+from .remedies import index_commands
 from .roots import names_of, resolve_roots
 from .row_search import search_rows
 from .skipped import read_skipped
-from .storage import Manifest, Store
+from .storage import Manifest, Store, verify_command
 from .vectors import Vectors
 
 __all__ = ["Snapshot"]
@@ -81,7 +82,7 @@ class Snapshot:
         if index.ntotal != about["rows"] or index.d != self.dim:
             raise IndexDamagedError(
                 f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "
-                f"{self.dim}; `mmalign verify {self.store.folder} --repair` rebuilds it"
+                f"{self.dim}; {verify_command(self.store.folder, repair=True)} rebuilds it"
             )
         return index
 
@@ -99,6 +100,14 @@ class Snapshot:
     def decode(self) -> DecodeSettings:
         """How files became pixels; queries must be read in the same way."""
         return DecodeSettings(**self.manifest["settings"]["decode"])
+
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """Images indexed and image files found, in the folders whose last update was stopped; `None` if none was."""
+        found = {int(number): count for number, count in self.manifest.get("unfinished", {}).items()}
+        if not found:
+            return None
+        return int(np.isin(self.items.numbers("root"), list(found)).sum()), sum(found.values())
 
     def skipped(self) -> list[dict[str, Any]]:
         """Files that could not be read; see `retrieval.skipped`."""
@@ -179,8 +188,8 @@ class Snapshot:
         if known is None and min_match is not None:
             raise InputError(
                 f"this index has no match scores for {kind} queries yet: it has fewer than 8 images, its first build "
-                "was interrupted (run `mmalign index` again), or its encoder takes no text; leave out --min-match "
-                "(min_match=...)"
+                f"was interrupted (run {index_commands(self.manifest, self.store.folder)}), or its encoder takes no "
+                "text; leave out --min-match (min_match=...)"
             )
         matches = [None] * len(scores) if known is None else known
         hits: list[Hit] = []

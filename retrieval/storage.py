@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +40,17 @@ from mmalign.provenance import libraries, written_now
 
 from .faiss_module import FAISS_DISTRIBUTIONS
 
-__all__ = ["DEFAULT_FOLDER", "FORMAT_VERSION", "KINDS", "Manifest", "Store", "Writer", "find_index"]
+__all__ = [
+    "DEFAULT_FOLDER",
+    "FORMAT_VERSION",
+    "KINDS",
+    "Manifest",
+    "Store",
+    "Writer",
+    "find_index",
+    "find_index_above",
+    "verify_command",
+]
 
 FORMAT_VERSION = 1
 DEFAULT_FOLDER = ".mmalign"
@@ -86,7 +97,7 @@ class Store:
                 return manifest
             # A writer may have moved on and cleared old files between our two reads.
             if not self.is_superseded(manifest):
-                raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_REPAIR}")
+                raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {problem}; {_repair(self.folder)}")
 
     def read_unchecked(self) -> Manifest:
         """The manifest in force, whatever became of its files; for finding out what is wrong."""
@@ -126,8 +137,14 @@ class Store:
         try:
             name = (self.folder / "CURRENT").read_text(encoding="ascii").strip()
         except FileNotFoundError:
+            if Store(self.folder / DEFAULT_FOLDER).exists():
+                raise InputError(
+                    f"{str(self.folder)!r} is an indexed folder, not the index itself; "
+                    "ImageIndex.open(folder) finds the index in it"
+                ) from None
             raise InputError(
-                f"{str(self.folder)!r} is not an index; make one with `mmalign index FOLDER --out {self.folder}`"
+                f"{str(self.folder)!r} is not an index; make one with "
+                f"`mmalign index FOLDER --out {shlex.quote(os.fspath(self.folder))}`"
             ) from None
         except NotADirectoryError:
             raise InputError(f"{str(self.folder)!r} is a file, not an index folder") from None
@@ -252,7 +269,6 @@ class Store:
 
 
 _OUT = "with --out (out=...)"
-_REPAIR = "`mmalign verify INDEX` names every damaged file and the remedy"
 _OLDER = (
     "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise delete the index and make it again"
 )
@@ -321,7 +337,7 @@ class Writer:
             IndexDamagedError: the SHA-256 of a file is not the recorded one.
         """
         for name, problem in self.damaged(manifest, names):
-            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} {problem}; {_REPAIR}")
+            raise IndexDamagedError(f"index {str(self.folder)!r} is damaged: {name} {problem}; {_repair(self.folder)}")
 
     def damaged(self, manifest: Manifest, names: Iterable[str], *, progress: bool = False) -> Iterator[tuple[str, str]]:
         """Those of the files that are not what was written, and how; each file is hashed once in a writer's life."""
@@ -405,4 +421,24 @@ def find_index(path: str | os.PathLike[str]) -> Path:
             return candidate
     if not given.exists():
         raise InputError(f"{str(given)!r} does not exist; give an index, or a folder indexed with `mmalign index`")
-    raise InputError(f"{str(given)!r} is not an index and holds none; make one with `mmalign index {given}`")
+    raise InputError(
+        f"{str(given)!r} is not an index and holds none; make one with `mmalign index {shlex.quote(os.fspath(given))}`"
+    )
+
+
+def find_index_above() -> Path | None:
+    """The index of the working folder or of the nearest folder above that has one; `None` if none has."""
+    for folder in (Path(), *Path.cwd().parents):
+        for candidate in (folder, folder / DEFAULT_FOLDER):
+            if Store(candidate).exists():
+                return candidate
+    return None
+
+
+def verify_command(folder: Path, *, repair: bool = False) -> str:
+    """What to paste to have an index checked, or mended."""
+    return f"`mmalign verify {shlex.quote(os.fspath(folder))}{' --repair' if repair else ''}`"
+
+
+def _repair(folder: Path) -> str:
+    return f"{verify_command(folder)} names every damaged file and the remedy"

@@ -50,12 +50,18 @@ def update_folders(
     started = time.perf_counter()
     draft.settings["decode"] = asdict(remembered(DecodeSettings, draft.settings["decode"], options))
     report = UpdateReport()
+    skipped_before = set(map(_known_by, draft.skipped))
     for number, root in roots:
         report += _update_folder(draft, encoder, root, number, options)
         draft.checkpoint()
+    report.newly_skipped = [entry for entry in report.skipped if _known_by(entry) not in skipped_before]
     finish(draft, encoder, faiss_options(options), progress=options.get("progress", False))
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _known_by(skipped: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(skipped[name] for name in ("root", "path", "reason", "size", "mtime_ns"))
 
 
 def _update_folder(
@@ -71,6 +77,7 @@ def _update_folder(
         _refuse_empty(root, state.known, scanning, allow_removals)
     columns = _read_metadata(draft, root, number, options.get("metadata"), report)
     todo = state.triage()
+    draft.unfinished[str(number)] = len(found.files)
     if todo:
         _encode(draft, encoder(), root, state, todo, options)
     state.remove_missing(allow_removals)
@@ -81,6 +88,7 @@ def _update_folder(
         )
     if columns is not None:
         _apply_metadata(draft, number, *columns, report)
+    del draft.unfinished[str(number)]
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,47 @@ def test_duplicates_lists_copies(run: Run, photos: Path, tmp_path: Path) -> None
     (tmp_path / "two.jpg").unlink()
     run("index", tmp_path, "-q")
     assert run("duplicates", tmp_path).code == cli.NO_RESULT
+
+
+def test_deleting_what_duplicates_lists_keeps_every_picture(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Links before and after their file in the alphabet, hard and symbolic, into and out of the indexed folder."""
+    folder, outside = tmp_path / "pics", tmp_path / "outside.jpg"
+    folder.mkdir()
+    sources = sorted(photos.glob("*.jpg"))[:4]
+    for name, source in zip(("b1.jpg", "b2.jpg", "b3.jpg"), sources, strict=False):
+        shutil.copy(source, folder / name)
+    (folder / "a1.jpg").symlink_to("b1.jpg")
+    (folder / "c1.jpg").symlink_to(folder / "b1.jpg")
+    (folder / "a2.jpg").symlink_to("b2.jpg")
+    shutil.copy(sources[1], folder / "z2.jpg")  # a real copy
+    (folder / "a3.jpg").hardlink_to(folder / "b3.jpg")
+    shutil.copy(sources[3], outside)
+    (folder / "a4.jpg").symlink_to(outside)
+    shutil.copy(sources[3], folder / "b4.jpg")
+    wanted = {path.read_bytes() for path in folder.glob("*.jpg")}
+    run("index", folder, "--encoder", "bundled", "-q")
+
+    groups = [json.loads(line) for line in run("duplicates", folder, "--json").out.splitlines()]
+    links = {Path(a).name: Path(b).name for group in groups for a, b in group["link_of"].items()}
+    assert (links["a1.jpg"], links["c1.jpg"], links["a2.jpg"]) == ("b1.jpg", "b1.jpg", "b2.jpg")
+    assert not any(Path(group["paths"][0]).is_symlink() for group in groups)
+    listed = run("duplicates", folder, "-0").out.split("\0")[:-1]
+    assert {Path(path).name for path in listed} == {"z2.jpg", "a4.jpg"}
+    assert run("duplicates", folder, "--paths").out.splitlines() == listed
+    for path in listed:
+        Path(path).unlink()
+    assert {path.read_bytes() for path in folder.glob("*.jpg")} == wanted
+
+
+def test_duplicates_lists_nothing_whose_original_changed_or_vanished(run: Run, photos: Path, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(photos / "000000519208.jpg", tmp_path / name)
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    shutil.copy(photos / "000000160012.jpg", tmp_path / "a.jpg")
+    assert run("duplicates", tmp_path, "--paths").out == ""
+    (tmp_path / "a.jpg").unlink()
+    gone = run("duplicates", tmp_path, "--paths")
+    assert (gone.code, gone.out) == (cli.NO_RESULT, "")
 
 
 # -- errors: one line, the value, the remedy, an exit code -------------------------------------------------------------
@@ -356,8 +398,133 @@ def test_a_place_is_not_taken_for_words(
     (tmp_path / "sub").mkdir()
     run("index", tmp_path, "--encoder", "bundled", "-q")
     monkeypatch.chdir(tmp_path)
-    complaint(run("search", "sub", "a dog"), "'sub'")
+    complaint(run("search", "./sub", "a dog"), "'sub'")
     complaint(run("search", "../nowhere", "a dog"), "nowhere")
+    (tmp_path / ".mmalign").rename(tmp_path.parent / f"{tmp_path.name}-index")
+    complaint(run("search", "sub", "a dog"), "'sub'")
+
+
+def test_folder_names_do_not_shadow_words_inside_an_indexed_folder(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    (tmp_path / "merge").mkdir()
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    monkeypatch.chdir(tmp_path)
+    found = run("search", "merge", "--json")
+    assert (found.code, len(found.out.splitlines())) == (0, 1)
+    assert "'merge' is taken as words" in found.err
+    assert run("search", "text:merge", "--json").out == found.out
+    assert "000000519208.jpg" in run("search", "000000519208.jpg", "-p").out
+    monkeypatch.chdir(tmp_path / "merge")
+    above = run("search", "000000519208.jpg", "-p")
+    assert names(above) == ["000000519208.jpg"], "it is looked for in the indexed folder too"
+    assert str(tmp_path / ".mmalign") in above.err
+    assert run("search", "a very long query " * 30, "-p").out == above.out
+    complaint(run("search", "and/or", "a dog"), "text:and/or")
+    for command in ("info", "verify"):
+        assert run(command).code == 0
+    assert run("duplicates").code == cli.NO_RESULT
+
+
+def test_an_image_that_is_not_there_is_not_searched_as_words(
+    run: Run, photo_index: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    complaint(run("search", photo_index, "beach.jpg"), "'beach.jpg' does not exist", "text:beach.jpg")
+    complaint(run("search", photo_index, "a dog", "--minus", "trip/beach"), "text:trip/beach")
+    assert run("search", photo_index, "text:beach.jpg", "-k", "1").code == 0
+    shutil.copy(photos / "000000519208.jpg", "dog")
+    assert "text:dog" in run("search", photo_index, "dog", "-k", "1").err
+    assert run("search", photo_index, "text:dog", "-k", "1").err == ""
+    assert run("search", photo_index, "image:dog", "-k", "1").err == ""
+
+
+def test_two_forms_of_output_at_once(run: Run, photo_index: Path) -> None:
+    complaint(run("search", photo_index, "a dog", "--json", "--paths"), "--json", "--paths")
+    complaint(run("similar", photo_index, "0", "--json", "-0"), "--json", "--null")
+    complaint(run("duplicates", photo_index, "--json", "-0"), "--json", "--null")
+
+
+def test_hits_whose_files_are_gone(run: Run, photos: Path, tmp_path: Path) -> None:
+    for name in ("000000519208.jpg", "000000160012.jpg"):
+        shutil.copy(photos / name, tmp_path)
+    run("index", tmp_path, "--encoder", "bundled", "-q")
+    (tmp_path / "000000519208.jpg").unlink()
+    hits = [json.loads(line) for line in run("search", tmp_path, "an elephant", "--json").out.splitlines()]
+    assert {hit["name"]: hit["exists"] for hit in hits} == {"000000519208.jpg": False, "000000160012.jpg": True}
+    table = run("search", tmp_path, "an elephant").out.splitlines()
+    assert [line.split()[-1] for line in table if "(missing)" in line] == ["(missing)"]
+    listed = run("search", tmp_path, "an elephant", "-p")
+    assert names(listed) == ["000000160012.jpg"]
+    assert "1 left out" in listed.err
+
+
+def test_an_unfinished_build_says_so(photos: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "my pics"
+    folder.mkdir()
+    for photo in sorted(photos.glob("*.jpg"))[:5]:
+        shutil.copy(photo, folder)
+    code = (
+        "import sys, mmalign.cli, retrieval.update as update\n"
+        "stream = update.encode_stream\n"
+        "def two(*a, **k):\n"
+        "    yield next(stream(*a, **{**k, 'batch_size': 2}))\n"
+        "    raise KeyboardInterrupt\n"
+        "update.encode_stream = two\n"
+        f"sys.argv = ['mmalign', 'index', {str(folder)!r}, '-e', 'bundled', '-q']\n"
+        "mmalign.cli.main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == cli.INTERRUPTED
+    remedy = f"`mmalign index '{folder}' --encoder bundled`"
+    for command in (["search", folder, "a dog"], ["similar", folder, "0"], ["info", folder]):
+        told = run(*command).err
+        assert "2 of 5 images are indexed so far" in told
+        assert remedy in told
+    assert json.loads(run("info", folder, "--json").out)["complete"] is False
+    assert run("index", folder, "-q").code == 0
+    assert run("search", folder, "a dog").err == ""
+    assert json.loads(run("info", folder, "--json").out)["complete"] is True
+
+
+def test_known_skips_and_the_bundled_note_are_told_once(run: Run, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "000000519208.jpg", tmp_path)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    first = run("index", tmp_path, "-e", "bundled", "-q")
+    assert first.code == cli.PARTIAL
+    assert "weak on people" in first.err
+    again = run("index", tmp_path, "-q")
+    assert again.code == 0
+    assert "1 skipped as before" in again.err
+    assert "bad.jpg" not in again.err
+    assert "weak on people" not in again.err
+    (tmp_path / "bad.jpg").write_text("still no picture")
+    changed = run("index", tmp_path, "-q")
+    assert changed.code == cli.PARTIAL
+    assert "bad.jpg" in changed.err
+
+
+def test_a_remedy_names_the_folder_where_it_is_now(run: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    shutil.copy(photos / "000000519208.jpg", tmp_path / "old")
+    run("index", tmp_path / "old", "-e", "bundled", "-q")
+    folder = (tmp_path / "old").rename(tmp_path / "it's new")
+    next((folder / ".mmalign").glob("items-*")).unlink()
+    told = run("search", folder, "a dog").err
+    assert f"`{shlex.join(['mmalign', 'verify', str(folder / '.mmalign')])}`" in told
+    assert f"`{shlex.join(['mmalign', 'index', str(folder), '--encoder', 'bundled'])}`" in run("verify", folder).out
+
+
+def test_an_encoder_whose_folder_is_gone(run: Run, photos: Path, tmp_path: Path) -> None:
+    from mmalign import load_encoder
+
+    (tmp_path / "pics").mkdir()
+    shutil.copy(photos / "000000519208.jpg", tmp_path / "pics")
+    load_encoder("bundled").save(tmp_path / "mine")
+    assert run("index", tmp_path / "pics", "-e", tmp_path / "mine", "-q").code == 0
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    complaint(run("search", tmp_path / "pics", "a dog"), str(tmp_path / "mine"), "not there", "--encoder FOLDER")
+    assert run("search", tmp_path / "pics", "a dog", "-e", tmp_path / "moved").code == 0
 
 
 def test_a_query_of_several_lines_can_be_drawn(run: Run, photo_index: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ app = typer.Typer(
     help="Search folders of images in any words; draw images, and fine-tune generators with preferences.",
     epilog=(
         "Start with:  mmalign index photos/   then   mmalign search photos/ 'red bicycle in snow'.  "
-        "Exit codes: 0 done, 1 error, 2 wrong usage, 3 nothing found, 4 done but some files were skipped."
+        "Exit codes: 0 done, 1 error, 2 wrong usage, 3 nothing found, 4 done but files or rows were left out."
     ),
     no_args_is_help=True,
     add_completion=False,

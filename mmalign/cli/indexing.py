@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,7 +100,9 @@ def index_build(
     """
     from retrieval import ImageIndex
     from retrieval.scan import parse_shard
+    from retrieval.storage import DEFAULT_FOLDER, Store
 
+    is_new = not Store(folder / DEFAULT_FOLDER if out is None else out).exists()
     options: dict[str, Any] = {
         "fast_decode": fast_decode,
         "tolerate_truncation": tolerate_truncation,
@@ -127,12 +130,12 @@ def index_build(
     if as_json:
         print(json.dumps({"index": os.fspath(index.folder), "images": len(index), **report.to_dict()}))
     else:
-        _print_report(index, report)
-    if report.skipped or report.withheld_removals:
+        _print_report(index, report, is_new)
+    if report.newly_skipped or report.withheld_removals:
         raise typer.Exit(PARTIAL)
 
 
-def _print_report(index: ImageIndex, report: UpdateReport) -> None:
+def _print_report(index: ImageIndex, report: UpdateReport, is_new: bool) -> None:
     counts = {
         "new": report.added, "changed": report.changed, "moved": report.moved, "copies": report.aliases,
         "removed": report.removed, "unchanged": report.unchanged,
@@ -140,10 +143,13 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
     said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing to do"
     speed = f" ({report.encoded_per_second:,.1f} images/s)" if report.encoded_per_second else ""
     say(f"{len(index):,} images in {index.folder}: {said}; {report.seconds:,.1f} s{speed}")
-    for entry in report.skipped[:10]:
+    for entry in report.newly_skipped[:10]:
         say(f"  skipped ({entry['reason']}): {entry['message']}")
-    if len(report.skipped) > 10:
-        say(f"  ... and {len(report.skipped) - 10:,} more skipped; `mmalign info {index.folder} --skipped` lists them")
+    listing = f"`mmalign info {shlex.quote(os.fspath(index.folder))} --skipped` lists them"
+    if len(report.newly_skipped) > 10:
+        say(f"  ... and {len(report.newly_skipped) - 10:,} more skipped; {listing}")
+    if before := len(report.skipped) - len(report.newly_skipped):
+        say(f"  {before:,} skipped as before; {listing}")
     if report.metadata_unmatched:
         say(f"  {report.metadata_unmatched:,} metadata rows name no indexed file")
     if report.withheld_removals:
@@ -157,7 +163,7 @@ def _print_report(index: ImageIndex, report: UpdateReport) -> None:
             f"  FAISS {faiss['factory']}: recall@10 {measured['recall@10']:.3f}, "
             f"measured with {measured['kind']} queries"
         )
-    if index.manifest["encoder"]["spec"] == "bundled":
+    if is_new and index.manifest["encoder"]["spec"] == "bundled":
         from mmalign.encoders.bundled import LIMITS
 
         say(f"  note: {LIMITS}")

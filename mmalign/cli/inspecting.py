@@ -8,20 +8,21 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Device, Encoder, IndexArgument, Quiet, say
+from .options import AsJson, Device, Encoder, IndexArgument, IndexOrHere, Quiet, index_here, say, say_if_unfinished
 
 __all__ = ["encoders", "eval_app", "info", "verify"]
 
 
 def info(
-    index: IndexArgument,
+    index: IndexOrHere = None,
     skipped: Annotated[bool, typer.Option("--skipped", help="List the files that could not be read.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what an index holds and how it was made."""
     from retrieval import ImageIndex
 
-    opened = ImageIndex.open(index)
+    opened = ImageIndex.open(index or index_here())
+    say_if_unfinished(opened)
     if skipped:
         for entry in opened.skipped():
             print(json.dumps(entry) if as_json else f"{entry['reason']}: {entry['message']}")
@@ -54,7 +55,7 @@ def info(
 
 
 def verify(
-    index: IndexArgument,
+    index: IndexOrHere = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Rebuild what can be derived from the stored vectors.")
     ] = False,
@@ -65,9 +66,10 @@ def verify(
     from retrieval import diagnose
     from retrieval import repair as repair_index
 
-    done = repair_index(index, progress=not quiet) if repair else []
+    folder = index or index_here()
+    done = repair_index(folder, progress=not quiet) if repair else []
     # A repair has compared every file with its checksum.
-    problems = diagnose(index, contents=not repair, progress=not quiet)
+    problems = diagnose(folder, contents=not repair, progress=not quiet)
     if as_json:
         print(json.dumps({"repaired": done, "problems": [problem.to_dict() for problem in problems]}))
     else:

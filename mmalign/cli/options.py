@@ -6,9 +6,14 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mmalign.errors import InputError
+
+if TYPE_CHECKING:
+    from retrieval import ImageIndex
 
 __all__ = [
     "INTERRUPTED",
@@ -22,18 +27,28 @@ __all__ = [
     "Encoder",
     "Grid",
     "IndexArgument",
+    "IndexOrHere",
     "MinMatch",
     "MinScore",
     "Out",
     "Quiet",
     "Where",
+    "index_here",
+    "one_output",
     "print_paths",
     "say",
+    "say_if_unfinished",
 ]
 
 NO_RESULT, PARTIAL, INTERRUPTED = 3, 4, 130
 
 IndexArgument = Annotated[Path, typer.Argument(help="An index, or a folder that was indexed.", show_default=False)]
+IndexOrHere = Annotated[
+    Path | None,
+    typer.Argument(
+        help="An index, or a folder that was indexed. (may be left out inside an indexed folder)", show_default=False
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. (default: the fastest present)")]
 Encoder = Annotated[
     str | None,
@@ -51,7 +66,8 @@ Where = Annotated[
         "--where",
         "-w",
         help="Keep only images for which this holds: SQL such as \"width > 1000 AND city = 'Rome'\", or key=value. "
-        "Repeat to narrow down.",
+        "Repeat to narrow down. Columns: path, width, height, size (bytes), format, flags, time, id, and those of your "
+        "metadata.",
     ),
 ]
 Count = Annotated[int, typer.Option("--count", "-k", min=1, help="How many results.")]
@@ -84,3 +100,35 @@ def print_paths(paths: Iterable[Path], end: str) -> None:
 def say(line: str) -> None:
     """For people: standard error, so that pipes stay clean."""
     print(line, file=sys.stderr)
+
+
+def index_here(problem: str = "there is no index here") -> Path:
+    """The index of this folder or the nearest above; where there is none, an error that begins with `problem`."""
+    from retrieval.storage import find_index_above
+
+    folder = find_index_above()
+    if folder is None:
+        raise InputError(
+            f'{problem}; make one with `mmalign index FOLDER` and name it first, as in `mmalign search FOLDER "words"`'
+        )
+    if folder.is_absolute():
+        say(f"note: the index is {os.fspath(folder)!r}")
+    return folder
+
+
+def one_output(paths: bool, null: bool, as_json: bool) -> None:
+    """Refuse two forms of output at once."""
+    if as_json and (paths or null):
+        raise InputError(f"--json and {'--paths' if paths else '--null'} exclude each other; give one of them")
+
+
+def say_if_unfinished(index: ImageIndex) -> None:
+    """Warn that an index does not hold all images yet."""
+    if (counts := index.snapshot.unfinished) is not None:
+        from retrieval.remedies import index_commands
+
+        numbers = {int(number) for number in index.manifest["unfinished"]}
+        say(
+            f"note: {counts[0]:,} of {counts[1]:,} images are indexed so far; run "
+            f"{index_commands(index.manifest, index.folder, numbers)} to go on"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,16 +22,21 @@ from .options import (
     Encoder,
     Grid,
     IndexArgument,
+    IndexOrHere,
     MinMatch,
     MinScore,
     Quiet,
     Where,
+    index_here,
+    one_output,
     print_paths,
     say,
+    say_if_unfinished,
 )
 
 if TYPE_CHECKING:
-    from retrieval import Hit, ImageIndex
+    from retrieval import Hit, ImageIndex, Item
+    from retrieval.query import Term
 
 __all__ = ["duplicates", "search", "similar"]
 
@@ -65,34 +71,50 @@ def search(
     [bold]mmalign search photos/ beach.jpg "at night" --minus people[/bold]
     [bold]mmalign search photos/ "2:a dog" "1:on the beach" --where "width > 1000" --grid hits.png[/bold]
     """
-    from retrieval.query import parse_term
-
+    one_output(paths, null, as_json)
     index, words = _index_and_terms(terms, encoder, device)
-    query = [parse_term(word) for word in words] + [parse_term(word, -1.0) for word in minus or []]
+    query = [_term(word, 1.0, index) for word in words] + [_term(word, -1.0, index) for word in minus or []]
+    say_if_unfinished(index)
     hits = index.search(query, count, where=where, min_match=min_match, min_score=min_score, exact=exact)
     title = " + ".join(words) + "".join(f" - {word}" for word in minus or [])
     _print_hits(title, hits, paths, null, as_json, grid)
 
 
+def _term(text: str, sign: float, index: ImageIndex) -> Term:
+    from retrieval.query import names_image, parse_term
+
+    term = parse_term(text, sign, index.roots)
+    if term.kind == "image" and not text.endswith(f"image:{term.value}") and not names_image(str(term.value)):
+        say(f"note: {str(term.value)!r} is a file here and taken as an image; text:{term.value} searches for the words")
+    return term
+
+
 def _index_and_terms(terms: list[str], encoder: str | None, device: str | None) -> tuple[ImageIndex, list[str]]:
     """The first term may name the index; otherwise it is looked for here."""
     from retrieval import ImageIndex
-    from retrieval.storage import find_index
+    from retrieval.query import find_image, has_image_suffix, names_image
+    from retrieval.storage import find_index, find_index_above
 
-    try:
-        folder, words = find_index(terms[0]), terms[1:]
-    except InputError:
-        if Path(terms[0]).is_dir() or (os.sep in terms[0] and not Path(terms[0]).is_file()):
-            raise  # meant as a place, not as words
+    first, folder, words = terms[0], None, terms
+    if not first.startswith(("text:", "image:")):
         try:
-            folder, words = find_index("."), terms
-        except InputError:
-            raise InputError(
-                f"{terms[0]!r} is not an index and there is none here; make one with `mmalign index FOLDER` and name "
-                'it first: mmalign search FOLDER "words"'
-            ) from None
+            folder, words = find_index(first), terms[1:]
+        except (OSError, ValueError) as error:  # InputError is a ValueError; OSError: too long for a name
+            # A path is meant as a place; a bare name may be a word that happens to name a folder.
+            as_place = names_image(first) and not has_image_suffix(first) and find_image(first, ()) is None
+            here = find_index_above()
+            if isinstance(error, InputError) and as_place and here is not None:
+                raise InputError(f"{error}; text:{first} searches for the words") from None
+            if isinstance(error, InputError) and (as_place or (here is None and Path(first).is_dir())):
+                raise
+            if isinstance(error, InputError) and Path(first).is_dir():
+                say(f"note: the folder {first!r} holds no index, so {first!r} is taken as words")
+    if folder is None:
+        folder = index_here(f"{first!r} is not an index and there is none here")
     if not words:
-        raise InputError('what to look for is missing; give words or an image: mmalign search INDEX "a red bicycle"')
+        raise InputError(
+            f'what to look for is missing; give words or an image: mmalign search {shlex.quote(first)} "a red bicycle"'
+        )
     return ImageIndex.open(folder, encoder=encoder, device=device), words
 
 
@@ -114,15 +136,18 @@ def similar(
 ) -> None:
     """Find the images most like one."""
     from retrieval import ImageIndex
+    from retrieval.query import find_image
 
+    one_output(paths, null, as_json)
     opened = ImageIndex.open(index, encoder=encoder, device=device)
-    wanted = int(image) if image.isdigit() and not Path(image).exists() else image
+    say_if_unfinished(opened)
+    wanted: int | str | Path = find_image(image, opened.roots) or (int(image) if image.isdigit() else image)
     hits = opened.similar(wanted, count, where=where, min_match=min_match, min_score=min_score)
     _print_hits(f"like {image}", hits, paths, null, as_json, grid)
 
 
 def duplicates(
-    index: IndexArgument,
+    index: IndexOrHere = None,
     near: Annotated[
         float | None,
         typer.Option(
@@ -132,28 +157,46 @@ def duplicates(
         ),
     ] = None,
     paths: AsPaths = False,
+    null: AsNull = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """List images that are the same: groups of equal files, and with --near of nearly equal pictures.
 
-    With --paths all but the first of each group are printed.
+    With --paths all but the first of each group are printed, except links to a file of the group (no copies) and files
+    that are not what was indexed.
     """
     from retrieval import ImageIndex
+    from retrieval.duplicates import links_of, spare_files
 
-    groups = ImageIndex.open(index).duplicates(near, progress=not quiet)
-    for number, group in enumerate(groups, 1):
-        if as_json:
-            print(json.dumps({"group": number, "paths": [os.fspath(item.path) for item in group]}))
-        elif paths:
-            print_paths((item.path for item in group[1:]), "\n")
-        else:
-            print(f"{number}  {len(group)} images")
-            for item in group:
-                print(f"   {item.name}  {item.width}x{item.height}  {item.size:,} bytes")
+    one_output(paths, null, as_json)
+    groups = ImageIndex.open(index or index_here()).duplicates(near, progress=not quiet)
+    if paths or null:
+        spare = [spare_files(group) for group in groups]
+        print_paths((item.path for items in spare for item in items), "\0" if null else "\n")
+        _say_withheld(groups, spare)
+        groups = [group for group, items in zip(groups, spare, strict=True) if items]
+    else:
+        for number, group in enumerate(groups, 1):
+            links = list(zip(group, links_of(group), strict=True))
+            if as_json:
+                link_of = {os.fspath(item.path): os.fspath(one.path) for item, one in links if one is not None}
+                about = {"group": number, "paths": [os.fspath(item.path) for item in group], "link_of": link_of}
+                print(json.dumps(about))
+            else:
+                print(f"{number}  {len(group)} images")
+                for item, one in links:
+                    note = "" if one is None else f"  (link to {one.name})"
+                    print(f"   {item.name}  {item.width}x{item.height}  {item.size:,} bytes{note}")
     if not groups:
         say("no duplicates")
         raise typer.Exit(NO_RESULT)
+
+
+def _say_withheld(groups: list[list[Item]], spare: list[list[Item]]) -> None:
+    withheld = sum(len(group) - 1 for group in groups) - sum(map(len, spare))
+    if withheld:
+        say(f"{withheld:,} not listed: links to a file that is kept, or changed or gone since they were indexed")
 
 
 def _print_hits(title: str, hits: list[Hit], paths: bool, null: bool, as_json: bool, grid: Path | None) -> None:
@@ -165,13 +208,17 @@ def _print_hits(title: str, hits: list[Hit], paths: bool, null: bool, as_json: b
         for hit in hits:
             print(json.dumps(hit.to_dict()))
     elif paths or null:
-        print_paths((hit.path for hit in hits), "\0" if null else "\n")
+        there = [hit.path for hit in hits if hit.item.exists is not False]
+        print_paths(there, "\0" if null else "\n")
+        if len(there) < len(hits):
+            say(f"{len(hits) - len(there):,} left out: the files are gone; `mmalign index` brings the index up to date")
     elif hits:
         print("rank  match  cosine  image")
         for hit in hits:
             match = "  -  " if hit.match is None else f"{hit.match:5.2f}"
             copies = f"  (+{len(hit.aliases)} copies)" if hit.aliases else ""
-            print(f"{hit.rank:>4}  {match}  {hit.score:6.3f}  {hit.item.name}{copies}")
+            missing = "  (missing)" if hit.item.exists is False else ""
+            print(f"{hit.rank:>4}  {match}  {hit.score:6.3f}  {hit.item.name}{copies}{missing}")
     if not hits:
         say("nothing here matches")
         raise typer.Exit(NO_RESULT)

@@ -129,6 +129,18 @@ def test_without_metadata(tables: tuple[pa.Table, pa.Table, list[dict[str, Any]]
         kept_ids(items, None, "city=Rome")
 
 
+def test_names_that_people_expect(tables: tuple[pa.Table, pa.Table, list[dict[str, Any]]]) -> None:
+    items, metadata, rows = tables
+    first = rows[0]["name"]
+    assert list(kept_ids(items, None, ["(path = name)", f"path = '{first}'"])) == [rows[0]["id"]]
+    assert len(kept_ids(items, None, "(time = modified)")) == ROWS
+    own = pa.table({"id": [rows[1]["id"]], "time": ["noon"]})
+    assert list(kept_ids(items, own, "time=noon")) == [rows[1]["id"]], "a column of the user's comes first"
+    with pytest.raises(InputError, match=r"'wdth' is not a column \(did you mean width.*columns: id, .*width") as told:
+        kept_ids(items, metadata, "wdth > 3")
+    assert "Binder" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     "where", ["town = 'Rome'", "town=Rome", "width >", "width > 'x'", "sum(width) > 3", "width > ?", ")"]
 )

@@ -311,3 +311,13 @@ def test_own_column_called_path(folder: Path) -> None:
     index.add_vectors(clustered(1, DIM), metadata=pa.table({"path": ["mine"]}))
     assert [hit.metadata["path"] for hit in index.search("x", where="path = 'mine'")] == ["mine"]
     assert [hit.item.name for hit in index.search("x", where="name = 'sub/09.png'")] == ["sub/09.png"]
+
+
+def test_the_indexed_folder_is_not_the_index(index: ImageIndex, folder: Path) -> None:
+    with pytest.raises(InputError, match=r"ImageIndex\.open"):
+        ImageIndex(folder)
+
+
+def test_an_unknown_index_type_names_the_plugin_option(index: ImageIndex) -> None:
+    with pytest.raises(InputError, match="mmalign --plugin MODULE index"):
+        index.update(factory="nobody_registered_this")

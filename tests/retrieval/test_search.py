@@ -271,10 +271,25 @@ def test_parse_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert term(long) == (long, 1, "text")
     assert term("nul \0 in it") == ("nul \0 in it", 1, "text")
     assert term("line\nbreak") == ("line\nbreak", 1, "text")
-    assert term("nowhere/cat.jpg") == ("nowhere/cat.jpg", 1, "text")
+    assert term("text:nowhere/cat.jpg") == ("nowhere/cat.jpg", 1, "text")
+    for missing in ("nowhere/cat.jpg", "beach.jpg", "2:beach.JPG", "trip/beach"):
+        with pytest.raises(InputError, match=r"does not exist; (2:)?text:"):
+            parse_term(missing)
     for wrong in ("", " ", "text:", "0:red", "2: ", "text: "):
         with pytest.raises(InputError):
             parse_term(wrong)
+
+
+def test_a_term_may_name_a_file_of_the_indexed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos/trip").mkdir(parents=True)
+    (tmp_path / "photos/trip/a.jpg").touch()
+    (tmp_path / "photos/word").touch()
+    monkeypatch.chdir(tmp_path)
+    roots = [tmp_path / "elsewhere", tmp_path / "photos"]
+    for text, weight in (("trip/a.jpg", 1), ("2:trip/a.jpg", 2), ("image:trip/a.jpg", 1)):
+        term = parse_term(text, roots=roots)
+        assert (term.value, term.weight, term.kind) == (tmp_path / "photos/trip/a.jpg", weight, "image")
+    assert parse_term("word", roots=roots).kind == "text", "a bare word is not looked for there"
 
 
 # -- matches -----------------------------------------------------------------------------------------------------------
