@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson, Device, Encoder, IndexArgument, IndexOrHere, Quiet, index_here, say, say_if_unfinished
+from .options import (
+    NO_RESULT,
+    AsJson,
+    Device,
+    Encoder,
+    IndexArgument,
+    IndexOrHere,
+    Quiet,
+    index_here,
+    say,
+    say_if_unfinished,
+)
 
 __all__ = ["encoders", "eval_app", "info", "verify"]
 
@@ -90,8 +101,12 @@ def encoders(
     """List what can be loaded, and what of it is on this machine."""
     from mmalign.encoders.catalogue import entries, overview
 
-    for line in overview() if source is None else entries(source, only_cached=only_cached):
+    lines = list(overview() if source is None else entries(source, only_cached=only_cached))
+    for line in lines:
         print(line)
+    if not lines:
+        say(f"no model of {source} is cached here")
+        raise typer.Exit(NO_RESULT)
 
 
 eval_app = typer.Typer(no_args_is_help=True)
