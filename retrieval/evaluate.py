@@ -12,7 +12,7 @@ import numpy as np
 
 from mmalign.checks import at_least
 from mmalign.errors import InputError, reason_of
-from mmalign.metrics import evaluate, mean_recall
+from mmalign.metrics import image_text_retrieval, mean_recall
 
 from .index import ImageIndex
 from .items import Items
@@ -106,20 +106,14 @@ def evaluate_captions(
         owners += [place_of_row[row]] * len(texts)
     if not rows:
         raise InputError(f"none of the {len(pairs)} captioned files is in the index (first: {pairs[0][0]!r})")
-    texts_by_image: list[list[int]] = [[] for _ in rows]
-    for caption, owner in enumerate(owners):
-        texts_by_image[owner].append(caption)
     images = snapshot.vectors.gather(np.array(rows))
     queries = encoder.encode_texts(captions, batch_size=batch_size, progress=progress)
-    sampling: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
-    to_image = evaluate(queries=queries, gallery=images, positives=[[o] for o in owners], ks=ks, **sampling)
-    to_text = evaluate(queries=images, gallery=queries, positives=texts_by_image, ks=ks, **sampling)
+    both = image_text_retrieval(images, queries, np.array(owners), ks=ks, bootstrap=bootstrap, seed=seed)
     _, found = snapshot.search_vectors(queries, max(ks))
     wanted = np.array(rows)[owners][:, None]
     return {
-        "text_to_image": to_image,
-        "image_to_text": to_text,
-        "mean_recall": mean_recall(to_image, to_text, ks=ks),
+        **both,
+        "mean_recall": mean_recall(*both.values(), ks=ks),
         "chance": {f"hit@{k}": min(1.0, k / len(rows)) for k in ks},
         "through_index": {f"hit@{k}": float((found[:, :k] == wanted).any(axis=1).mean()) for k in ks},
         "images": len(rows),
