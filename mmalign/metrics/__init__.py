@@ -1,6 +1,7 @@
 """Metrics: numpy in and out, no model, no files, no printing."""
 
 from .cmc import CMCResult, cmc_curve, cmc_map_self_excluded, truncated_cosine
+from .opis import OPISResult, opis
 from .retrieval import (
     evaluate,
     evaluate_ranked,
@@ -17,6 +18,7 @@ from .zero_shot import zero_shot_accuracy, zero_shot_classifier, zero_shot_predi
 
 __all__ = [
     "CMCResult",
+    "OPISResult",
     "cmc_curve",
     "cmc_map_self_excluded",
     "evaluate",
@@ -25,6 +27,7 @@ __all__ = [
     "image_text_retrieval",
     "mean_recall",
     "median_rank",
+    "opis",
     "per_query_metrics",
     "positives_from_labels",
     "positives_from_relevance",
