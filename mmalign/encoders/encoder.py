@@ -22,6 +22,7 @@ from ..fingerprint import digest_of
 from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing, read_image
 from ..progress import progress_bar
 from .folder import save_folder
+from .states import Layer, TokenStates, check_layer
 from .stream import encode_stream
 
 if TYPE_CHECKING:
@@ -82,6 +83,26 @@ class Encoder(ABC):
     def image_module(self) -> nn.Module | None:
         """The part of `model` whose weights take the image dtype."""
         return None
+
+    def layer_count(self, modality: str) -> int:
+        """Layers of the "image" or "text" tower whose states can be had, see `states`; 0 where they cannot."""
+        return 0
+
+    def has_class_token(self, modality: str) -> bool:
+        """Whether the states of a tower have a class token."""
+        return False
+
+    def tap_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """One forward pass: `image_features` if `features` asks for them, and the states of layers in rising order."""
+        raise NotImplementedError
+
+    def tap_texts(
+        self, texts: Sequence[str], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """As `tap_images`, for texts."""
+        raise NotImplementedError
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -192,6 +213,37 @@ class Encoder(ABC):
         """Unit rows for preprocessed pixels; one forward pass."""
         return unit_rows(self.image_features(pixel_values.to(self.device, self.dtype)))
 
+    def image_states(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[Layer]
+    ) -> list[TokenStates]:
+        """Token states of layers of the image tower, in the order asked, by one forward pass; differentiable.
+
+        Args:
+            pixel_values: as `image_features` takes them.
+            layers: from 0 to `layer_count("image") - 1`, negative from the last; "output" for `image_features`, as one
+                token. See `mmalign.encoders.states` for what the numbers mean.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        numbers = [check_layer(self, "image", layer) for layer in layers]
+        wanted = sorted({number for number in numbers if number != "output"})
+        if not wanted:
+            return [TokenStates.of_features(self.image_features(pixel_values))] * len(numbers)
+        return _in_order(numbers, wanted, *self.tap_images(pixel_values, wanted, features="output" in numbers))
+
+    def text_states(self, texts: Sequence[str], layers: Sequence[Layer]) -> list[TokenStates]:
+        """As `image_states`, for texts; layer 0 is the embeddings.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        numbers = [check_layer(self, "text", layer) for layer in layers]
+        wanted = sorted({number for number in numbers if number != "output"})
+        if not wanted:
+            return [TokenStates.of_features(self.text_features(texts))] * len(numbers)
+        return _in_order(numbers, wanted, *self.tap_texts(texts, wanted, features="output" in numbers))
+
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
         """Move to a device and set the dtype of the image tower, in place.
 
@@ -274,6 +326,15 @@ class Encoder(ABC):
     def __repr__(self) -> str:
         able = "+".join(sorted(self.modalities))
         return f"{type(self).__name__}({self.spec!r}, dim={self.dim}, {able}, {self.dtype}, {self.device})"
+
+
+def _in_order(
+    layers: Sequence[Layer], tapped: Sequence[int], features: Tensor | None, states: Sequence[TokenStates]
+) -> list[TokenStates]:
+    found: dict[Layer, TokenStates] = dict(zip(tapped, states, strict=True))
+    if features is not None:
+        found["output"] = TokenStates.of_features(features)
+    return [found[layer] for layer in layers]
 
 
 def _is_one_image(images: Any) -> bool:

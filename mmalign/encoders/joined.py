@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..fingerprint import digest_of, tensor_digest
 from .encoder import Encoder
 from .folder import read_part, write_part, write_weights
+from .states import TokenStates
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +82,31 @@ class JoinedEncoder(Encoder):
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         """The text encoder's features, joined."""
         return self.join_texts(self.text_encoder.text_features(texts).float())
+
+    def layer_count(self, modality: str) -> int:
+        """That of the part that encodes `modality`, whose states are had unjoined."""
+        return self._part(modality).layer_count(modality)
+
+    def has_class_token(self, modality: str) -> bool:
+        """Whether the part has one."""
+        return self._part(modality).has_class_token(modality)
+
+    def tap_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """The image encoder's states; its features, joined."""
+        found, states = self.image_encoder.tap_images(pixel_values, layers, features=features)
+        return None if found is None else self.join_images(found.float()), states
+
+    def tap_texts(
+        self, texts: Sequence[str], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """The text encoder's states; its features, joined."""
+        found, states = self.text_encoder.tap_texts(texts, layers, features=features)
+        return None if found is None else self.join_texts(found.float()), states
+
+    def _part(self, modality: str) -> Encoder:
+        return self.image_encoder if modality == "image" else self.text_encoder
 
     @property
     def image_module(self) -> nn.Module | None:

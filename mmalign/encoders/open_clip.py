@@ -16,6 +16,8 @@ from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 from .folder import write_weights
 from .hub import closest, quiet_libraries, unavailable
+from .states import TokenStates, block_list, tapped
+from .timm import tap_trunk, trunk_has_class_token, trunk_layer_count
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,6 +100,80 @@ class OpenCLIPEncoder(Encoder):
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         """Projected features before normalisation."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=False)
+
+    def layer_count(self, modality: str) -> int:
+        """Blocks of the tower, for texts one more; stages of a convolutional network."""
+        if modality == "text":
+            blocks = self._text_blocks()
+            return len(blocks) + 1 if blocks else 0
+        visual = self.model.visual
+        if hasattr(visual, "trunk"):
+            return trunk_layer_count(visual.trunk)
+        if hasattr(visual, "transformer"):
+            return len(visual.transformer.resblocks)
+        return 5 if hasattr(visual, "attnpool") else 0  # OpenAI's ResNets: stem and four stages
+
+    def has_class_token(self, modality: str) -> bool:
+        """Image transformers have one; of text towers, CoCa's."""
+        if modality == "text":
+            return getattr(self._text_tower(), "cls_emb", None) is not None
+        visual = self.model.visual
+        return trunk_has_class_token(visual.trunk) if hasattr(visual, "trunk") else hasattr(visual, "transformer")
+
+    def tap_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """States of blocks or stages, by open_clip's or timm's own means."""
+        visual = self.model.visual
+        if hasattr(visual, "trunk"):
+            pooled, states = tap_trunk(visual.trunk, pixel_values, layers, features=features)
+            return None if pooled is None else visual.head(pooled), states
+        # Features need all blocks. (OpenAI's ResNets leave out the later ones unless told to stop early.)
+        indices = sorted({*layers, self.layer_count("image") - 1}) if features else list(layers)
+        found = visual.forward_intermediates(
+            pixel_values,
+            indices=indices,
+            stop_early=True,
+            intermediates_only=not features,
+            output_extra_tokens=True,
+        )
+        maps = found["image_intermediates"]
+        prefixes = found.get("image_intermediates_prefix", [None] * len(maps))
+        states = [
+            TokenStates.of_map(spatial)
+            if prefix is None
+            else TokenStates.with_prefix(prefix, spatial.flatten(2).transpose(1, 2))
+            for index, spatial, prefix in zip(indices, maps, prefixes, strict=True)
+            if index in layers
+        ]
+        return found.get("image_features"), states
+
+    def tap_texts(
+        self, texts: Sequence[str], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """States of the blocks; the class token that CoCa appends is no content."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        with tapped(self._text_blocks(), layers) as found:
+            pooled = self.model.encode_text(tokens, normalize=False)
+        if not getattr(getattr(self._text_tower(), "transformer", None), "batch_first", True):
+            found = {layer: states.transpose(0, 1) for layer, states in found.items()}
+        pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+        # CLIP pads with 0, which is also the token of an exclamation mark: padding is what comes after all else.
+        content = (tokens != pad).flip(1).cummax(dim=1).values.flip(1)
+        class_token = tokens.shape[1] if self.has_class_token("text") else None
+        if class_token is not None:
+            content = nn.functional.pad(content, (0, 1))
+        return pooled, [TokenStates(found[layer], content, class_token) for layer in layers]
+
+    def _text_tower(self) -> Any:
+        return getattr(self.model, "text", self.model)
+
+    def _text_blocks(self) -> Sequence[nn.Module]:
+        transformer: Any = getattr(self._text_tower(), "transformer", None)
+        if hasattr(transformer, "resblocks"):
+            return list(transformer.resblocks)
+        layers = getattr(getattr(transformer, "config", None), "num_hidden_layers", None)
+        return block_list(transformer, layers) if layers else []
 
     def describe(self) -> dict[str, Any]:
         """Activation and tokens: the rest of the architecture shows in the shapes of the weights."""

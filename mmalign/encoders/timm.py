@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,11 +17,12 @@ from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 from .folder import write_weights
 from .hub import closest, unavailable
+from .states import TokenStates
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TimmEncoder", "models", "preprocessing_of"]
+__all__ = ["TimmEncoder", "models", "preprocessing_of", "tap_trunk", "trunk_has_class_token", "trunk_layer_count"]
 
 
 class TimmEncoder(Encoder):
@@ -91,6 +93,20 @@ class TimmEncoder(Encoder):
         """Pooled features before any classifier, or logits."""
         return self.model(pixel_values)
 
+    def layer_count(self, modality: str) -> int:
+        """Blocks of a transformer, stages (EfficientNets: their stem before them) of a convolutional network."""
+        return trunk_layer_count(self.model) if modality == "image" else 0
+
+    def has_class_token(self, modality: str) -> bool:
+        """Whether it is among the tokens that the blocks pass on."""
+        return modality == "image" and trunk_has_class_token(self.model)
+
+    def tap_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+        """States of blocks or stages; blocks that nothing is asked of are not run."""
+        return tap_trunk(self.model, pixel_values, layers, features=features)
+
     def describe(self) -> dict[str, Any]:
         """The architecture by name, for timm's names are stable and some differ in activations alone; options."""
         options = {name: value for name, value in self.options.items() if name != "num_classes"}
@@ -114,6 +130,49 @@ class TimmEncoder(Encoder):
         )
         model.load_state_dict(load_file(folder / "timm_model.safetensors"))
         return cls(model, config["architecture"], spec=str(folder), options=config["options"])
+
+
+def trunk_layer_count(model: Any) -> int:
+    """Layers that timm's `forward_intermediates` offers of a model; 0 without it."""
+    if not hasattr(model, "forward_intermediates"):
+        return 0
+    return len(model.blocks) + 1 if "extra_blocks" in _tap_options(model) else len(model.feature_info)
+
+
+def trunk_has_class_token(model: Any) -> bool:
+    """Whether the intermediate states have one; timm's CaiT, among others, adds it after the blocks."""
+    if "return_prefix_tokens" not in _tap_options(model):
+        return False
+    return bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None))
+
+
+def tap_trunk(
+    model: Any, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
+    """What the model gives, if asked for, and the states of layers in rising order."""
+    indices = sorted({*layers, trunk_layer_count(model) - 1}) if features else list(layers)
+    found = model.forward_intermediates(
+        pixel_values, indices=indices, intermediates_only=not features, stop_early=not features, **_tap_options(model)
+    )
+    final, maps = found if features else (None, found)
+    class_token = trunk_has_class_token(model)
+    states = [_states_of(item, class_token) for index, item in zip(indices, maps, strict=True) if index in layers]
+    return model.forward_head(final) if features else None, states
+
+
+def _tap_options(model: Any) -> dict[str, bool]:
+    known = signature(model.forward_intermediates).parameters
+    # Some of timm's models fail when asked for prefix tokens that they do not have.
+    prefix = "return_prefix_tokens" in known and bool(getattr(model, "num_prefix_tokens", 0))
+    wanted = {"return_prefix_tokens": prefix, "extra_blocks": "extra_blocks" in known}
+    return {name: True for name, fits in wanted.items() if fits}
+
+
+def _states_of(item: Any, class_token: bool) -> TokenStates:
+    if isinstance(item, Tensor):
+        return TokenStates.of_map(item)
+    spatial, prefix = item
+    return TokenStates.with_prefix(prefix, spatial.flatten(2).transpose(1, 2), class_token=class_token)
 
 
 def preprocessing_of(model: nn.Module) -> ImagePreprocessing:

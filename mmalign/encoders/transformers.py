@@ -16,6 +16,7 @@ from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 from .hub import cached_repositories, quiet_libraries, unavailable
+from .states import TokenStates, block_list, tapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,16 +123,56 @@ class TransformersEncoder(_WithTokenizer):
         """Projected features before normalisation."""
         return _tensor(self.model.get_text_features(**self.tokenize(texts)))
 
+    def layer_count(self, modality: str) -> int:
+        """Blocks of the tower, for texts one more."""
+        return len(self._blocks(modality)) + (modality == "text")
+
+    def has_class_token(self, modality: str) -> bool:
+        """CLIP's image tower has one."""
+        return modality == "image" and not self.is_siglip
+
+    def tap_images(
+        self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"], list[TokenStates]]:
+        """States of the blocks."""
+        with tapped(self._blocks("image"), [layer + 1 for layer in layers]) as found:
+            pooled = self.image_features(pixel_values)
+        prefix = 0 if self.is_siglip else 1
+        return pooled, [
+            TokenStates.with_prefix(states[:, :prefix], states[:, prefix:], class_token=not self.is_siglip)
+            for states in (found[layer + 1] for layer in layers)
+        ]
+
+    def tap_texts(
+        self, texts: Sequence[str], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"], list[TokenStates]]:
+        """States of the blocks."""
+        tokens = self._tokens(texts)
+        with tapped(self._blocks("text"), layers) as found:
+            pooled = _tensor(self.model.get_text_features(**self._inputs(tokens)))
+        content = tokens["attention_mask"].to(self.device).bool()
+        return pooled, [TokenStates(found[layer], content) for layer in layers]
+
+    def _blocks(self, modality: str) -> Sequence[nn.Module]:
+        tower = self.model.vision_model if modality == "image" else self.model.text_model
+        return tower.encoder.layers
+
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """SigLIP was trained with every text padded to the full length and no mask; CLIP pads to the longest."""
+        return self._inputs(self._tokens(texts))
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
         texts = [text.lower() for text in texts] if self.lowercase else list(texts)
-        tokens = self.tokenizer(
+        return self.tokenizer(
             texts,
             padding="max_length" if self.is_siglip else True,
             max_length=self.context_length,
             truncation=True,
             return_tensors="pt",
+            return_attention_mask=True,
         )
+
+    def _inputs(self, tokens: Any) -> dict[str, Tensor]:
         names = ("input_ids",) if self.is_siglip else ("input_ids", "attention_mask")
         return {name: tokens[name].to(self.device) for name in names}
 
@@ -183,7 +224,9 @@ class SentenceEncoder(_WithTokenizer):
 
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         """Pooled token states."""
-        tokens = self.tokenize(texts)
+        return self._features(self.tokenize(texts))
+
+    def _features(self, tokens: dict[str, Tensor]) -> Float[Tensor, "batch dim"]:
         states = self.model(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1).to(states.dtype)
         if self.pooling["mode"] == "cls":
@@ -191,6 +234,28 @@ class SentenceEncoder(_WithTokenizer):
         if self.pooling["mode"] == "max":
             return states.masked_fill(mask == 0, -torch.inf).amax(dim=1)
         return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+
+    def layer_count(self, modality: str) -> int:
+        """Blocks and one more; 0 for a family whose blocks are no plain list (ALBERT)."""
+        blocks = self._blocks()
+        return len(blocks) + 1 if modality == "text" and blocks else 0
+
+    def has_class_token(self, modality: str) -> bool:
+        """Whether the tokenizer begins every text with one."""
+        return modality == "text" and self.tokenizer.cls_token_id is not None
+
+    def tap_texts(
+        self, texts: Sequence[str], layers: Sequence[int], *, features: bool
+    ) -> tuple[Float[Tensor, "batch dim"], list[TokenStates]]:
+        """States of the blocks, before a final norm where the family has one."""
+        tokens = self.tokenize(texts)
+        with tapped(self._blocks(), layers) as found:
+            pooled = self._features(tokens)
+        content, class_token = tokens["attention_mask"].bool(), 0 if self.has_class_token("text") else None
+        return pooled, [TokenStates(found[layer], content, class_token) for layer in layers]
+
+    def _blocks(self) -> Sequence[nn.Module]:
+        return block_list(self.model, self.model.config.num_hidden_layers)
 
     def describe(self) -> dict[str, Any]:
         """Family, pooling and tokens."""
