@@ -27,6 +27,7 @@ __all__ = [
     "linear_cka",
     "mutual_knn",
     "nearest_neighbours",
+    "unbiased_hsic",
     "unbiased_linear_cka",
     "widened",
 ]
@@ -96,18 +97,19 @@ def unbiased_linear_cka(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) ->
         InputError: the rows cannot be paired, are fewer than 4, or all rows of one side are the same.
     """
     check_pairs(x, y, least=4)
-    # HSIC does not change under a shift of the rows; centring keeps the sums small.
-    left, right = (side - side.mean(0) for side in (widened(x), widened(y)))
+    return _alignment(unbiased_hsic(x, y), unbiased_hsic(x, x), unbiased_hsic(y, y))
 
-    def hsic(a: Tensor, b: Tensor) -> Tensor:
-        sums, diagonals = [], []
-        for rows in (a, b):
-            diagonals.append(rows.square().sum(1))
-            sums.append(rows @ rows.sum(0) - diagonals[-1])
-        trace = (a.T @ b).square().sum() - diagonals[0] @ diagonals[1]
-        return _unbiased_hsic(trace, *sums)
 
-    return _alignment(hsic(left, right), hsic(left, left), hsic(right, right))
+def unbiased_hsic(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> Float[Tensor, ""]:
+    """The estimator in `unbiased_linear_cka`, for linear kernels of rows that can be paired (at least 4)."""
+    # It does not change under a shift of the rows; centring keeps the sums small.
+    a, b = (side - side.mean(0) for side in (widened(x), widened(y)))
+    sums, diagonals = [], []
+    for rows in (a, b):
+        diagonals.append(rows.square().sum(1))
+        sums.append(rows @ rows.sum(0) - diagonals[-1])
+    trace = (a.T @ b).square().sum() - diagonals[0] @ diagonals[1]
+    return _unbiased_hsic(trace, *sums)
 
 
 def cknna(x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"], k: int) -> float:

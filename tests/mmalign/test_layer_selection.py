@@ -11,7 +11,7 @@ import torch
 from mmalign import layer_selection
 from mmalign.errors import InputError
 from mmalign.layer_selection import layer_scores, neighbour_count
-from mmalign.representation_similarity import nearest_neighbours
+from mmalign.representation_similarity import nearest_neighbours, unbiased_linear_cka
 
 N = 60
 
@@ -124,3 +124,19 @@ def test_wrong_input_is_named() -> None:
     y[2][7, 0] = np.inf
     with pytest.raises(InputError, match="y layer 2 row 7 holds NaN or infinity"):
         layer_scores(x, y)
+
+
+def test_cka_of_every_pair_is_that_of_the_pair() -> None:
+    generator = torch.Generator().manual_seed(4)
+    shared = torch.randn(60, 5, generator=generator)
+    xs = [shared @ torch.randn(5, width, generator=generator) for width in (7, 11)] + [torch.randn(60, 4)]
+    ys = [shared @ torch.randn(5, 6, generator=generator) + 3, torch.ones(60, 3)]
+    found = layer_scores(xs, ys, score="cka")
+    unit = torch.nn.functional.normalize
+    for i, x in enumerate(xs):
+        assert found.table[i, 0] == pytest.approx(unbiased_linear_cka(unit(x), unit(ys[0])), abs=1e-6)
+    assert found.table[:, 1].tolist() == [0, 0, 0]  # rows that are all the same
+    assert found.best[0] in (0, 1)
+    assert (found.k, found.chance) == (0, 0)
+    with pytest.raises(InputError, match="mutual-knn"):
+        layer_scores(xs, ys, score="cka", permutations=50)
