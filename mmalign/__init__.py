@@ -12,19 +12,29 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from . import metrics
+    from .alignment import Alignment, Pairs, align, align_encoders, align_many, load_alignment
     from .conse import class_bridge
+    from .contrastive import clip_loss, siglip_loss
     from .encoders import DEFAULT_SPEC, Encoder, JoinedEncoder, load_encoder, register_source
     from .errors import InputError, MMAlignError
+    from .features import Features, extract_features, load_features
     from .imaging import ImagePreprocessing, read_image
+    from .layer_selection import layer_scores
+    from .structure import structure_loss
 
 __getattr__, __dir__, _names = lazy_loader.attach(
     __name__,
     submodules=["metrics"],
     submod_attrs={
+        "alignment": ["Alignment", "Pairs", "align", "align_encoders", "align_many", "load_alignment"],
         "conse": ["class_bridge"],
+        "contrastive": ["clip_loss", "siglip_loss"],
         "encoders": ["DEFAULT_SPEC", "Encoder", "JoinedEncoder", "load_encoder", "register_source"],
         "errors": ["InputError", "MMAlignError"],
+        "features": ["Features", "extract_features", "load_features"],
         "imaging": ["ImagePreprocessing", "read_image"],
+        "layer_selection": ["layer_scores"],
+        "structure": ["structure_loss"],
     },
 )
 

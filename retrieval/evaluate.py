@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from mmalign.checks import at_least
-from mmalign.errors import InputError, reason_of
+from mmalign.errors import InputError
 from mmalign.metrics import image_text_retrieval, mean_recall
+from mmalign.metrics.chance import chance_hit
+from mmalign.pairs import read_captioned
 
 from .index import ImageIndex
 from .items import Items
@@ -21,35 +22,12 @@ __all__ = ["evaluate_captions", "read_captions"]
 
 
 def read_captions(path: str | os.PathLike[str]) -> list[tuple[str, list[str]]]:
-    """(file, captions) pairs of a JSON-lines file.
-
-    A line is an object with a file (`file`, `file_name`, `image` or `path`) and `captions` (a list) or `caption`.
+    """(file, captions) of each image; see `mmalign.pairs.read_captioned` for the form of the file.
 
     Raises:
         InputError: missing, or a line that is not of that form (numbered).
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"captions {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            file = next(entry[name] for name in ("file", "file_name", "image", "path") if name in entry)
-            captions = entry["captions"] if "captions" in entry else entry["caption"]
-            captions = [captions] if isinstance(captions, str) else captions
-            captions = [caption for caption in captions if caption.strip()]
-        except (ValueError, KeyError, StopIteration, TypeError, AttributeError):
-            raise InputError(
-                f"line {number} of {str(path)!r} is not an object with `file` and `captions` (or `caption`)"
-            ) from None
-        pairs.append((str(file), captions))
-    if not any(captions for _, captions in pairs):
-        raise InputError(f"{str(path)!r} holds no caption")
-    return pairs
+    return [(image.file, image.captions) for image in read_captioned(path)[0]]
 
 
 def evaluate_captions(
@@ -75,9 +53,9 @@ def evaluate_captions(
 
     Returns:
         `text_to_image` and `image_to_text` (see `mmalign.metrics.evaluate`, with 95 % intervals), `mean_recall`,
-        `chance` (hit@k of a random order), `through_index` (hit@k of text queries against the whole index as searched),
-        `images`, `captions`, `unmatched` (files that the index does not hold); and what was measured: `index` (its
-        folder), `encoder` (`spec` and `fingerprint`), `seed`.
+        `chance` (hit@k of text queries in a random order), `through_index` (hit@k of text queries against the whole
+        index as searched), `images`, `captions`, `unmatched` (files that the index does not hold); and what was
+        measured: `index` (its folder), `encoder` (`spec` and `fingerprint`), `seed`.
 
     Raises:
         InputError: none of the files is in the index, or a number is out of range.
@@ -114,7 +92,7 @@ def evaluate_captions(
     return {
         **both,
         "mean_recall": mean_recall(*both.values(), ks=ks),
-        "chance": {f"hit@{k}": min(1.0, k / len(rows)) for k in ks},
+        "chance": {f"hit@{k}": chance_hit(np.ones(1, np.int64), len(rows), k) for k in ks},
         "through_index": {f"hit@{k}": float((found[:, :k] == wanted).any(axis=1).mean()) for k in ks},
         "images": len(rows),
         "captions": len(captions),

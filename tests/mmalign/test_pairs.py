@@ -1,0 +1,135 @@
+"""Captioned images read from files that people have, and the lines that are refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from mmalign.errors import InputError
+from mmalign.pairs import CaptionedImage, read_captioned
+
+
+def written(path: Path, lines: list[object]) -> Path:
+    path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[CaptionedImage]:
+    return read_captioned(path)[0]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "mine.jsonl",
+        [
+            {"file": "a.jpg", "captions": ["a dog", "one dog"], "split": "test", "group": 7, "label": "dog"},
+            {"file_name": "b.jpg", "caption": "a cat"},
+            {"image": "c.jpg", "captions": "a bird"},
+            {
+                "path": "/elsewhere/d.jpg",
+                "caption": "a line\u2028separator and a \u0085 too",
+                "group": None,
+                "label": 0,
+            },
+        ],
+    )
+    images, root = read_captioned(path)
+    assert root == tmp_path
+    assert images == [
+        CaptionedImage("a.jpg", ["a dog", "one dog"], "test", "7", "dog"),
+        CaptionedImage("b.jpg", ["a cat"]),
+        CaptionedImage("c.jpg", ["a bird"]),
+        CaptionedImage("/elsewhere/d.jpg", ["a line\u2028separator and a \u0085 too"], label="0"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.TSV", "\t")])
+def test_tables(tmp_path: Path, name: str, delimiter: str) -> None:
+    rows = [["a.jpg", "a dog, running", "train", ""], ["b.jpg", 'two\nlines "here"', "", "cat"], ["c.jpg", " ", "", ""]]
+    with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([["file", "caption", "split", "label"], *rows])
+    assert read(tmp_path / name) == [
+        CaptionedImage("a.jpg", ["a dog, running"], "train"),
+        CaptionedImage("b.jpg", ['two\nlines "here"'], label="cat"),
+        CaptionedImage("c.jpg", []),
+    ]
+
+
+def test_folder_with_its_usual_file(tmp_path: Path) -> None:
+    written(tmp_path / "metadata.jsonl", [{"file": "a.jpg", "caption": "x"}])
+    assert read_captioned(str(tmp_path)) == ([CaptionedImage("a.jpg", ["x"])], tmp_path)
+    with pytest.raises(InputError, match=r"holds none of captions\.jsonl, .*give the file"):
+        read_captioned(tmp_path.parent / tmp_path.name / "..")
+
+
+def test_lines_of_one_file_are_put_together_and_must_agree(tmp_path: Path) -> None:
+    lines: list[object] = [
+        {"file": "a.jpg", "caption": "one", "split": "test"},
+        {"file": "b.jpg", "caption": "other"},
+        {"file": "a.jpg", "captions": ["two", " "], "split": "test"},
+    ]
+    images = read(written(tmp_path / "a.jsonl", lines))
+    assert [(image.file, image.captions) for image in images] == [("a.jpg", ["one", "two"]), ("b.jpg", ["other"])]
+    lines.append({"file": "a.jpg", "caption": "three", "split": "train"})
+    with pytest.raises(InputError, match=r"line 4 of .* gives 'a\.jpg' another split"):
+        read(written(tmp_path / "b.jsonl", lines))
+
+
+def test_blank_captions_do_not_count(tmp_path: Path) -> None:
+    lines: list[object] = [{"file": "a.jpg", "captions": ["", "x", "\t"]}, {"file": "b.jpg", "caption": "  "}]
+    assert [image.captions for image in read(written(tmp_path / "a.jsonl", lines))] == [["x"], []]
+    with pytest.raises(InputError, match="holds no caption"):
+        read(written(tmp_path / "b.jsonl", lines[1:]))
+
+
+def test_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"file": "a.jpg", "caption": "x"}\r\n\r\n{"file": "b.jpg", "caption": "y"}\r\n')
+    assert [image.file for image in read(path)] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "b.jpg"}',
+        '{"caption": "x"}',
+        '{"file": "b.jpg", "caption": null}',
+        '{"file": "b.jpg", "captions": [1]}',
+        '{"file": "b.jpg", "captions": {"en": "x"}}',
+        '{"file": null, "caption": "x"}',
+        '{"image": {"bytes": ""}, "caption": "x"}',
+        '{"file": "b.jpg", ',
+        "[]",
+        '"file"',
+        "3",
+    ],
+)
+def test_bad_line_is_numbered(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"file": "a.jpg", "caption": "x"}}\n\n{line}\n')
+    with pytest.raises(InputError, match=r"line 3 of .*a\.jsonl"):
+        read(path)
+
+
+@pytest.mark.parametrize("row", ["b.jpg,a dog, running", "b.jpg", ",a dog"])
+def test_bad_row_of_a_table_is_numbered(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"file,caption\na.jpg,x\n{row}\n")
+    with pytest.raises(InputError, match="line 3 of"):
+        read(path)
+
+
+def test_what_is_no_list_of_captions(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.jsonl' cannot be read .*check the path"):
+        read(tmp_path / "gone.jsonl")
+    huge = tmp_path / "huge.csv"
+    huge.write_text(f"file,caption\na.jpg,{'x' * 200_000}\n")
+    with pytest.raises(InputError, match=r"line 2 of .* cannot be read"):
+        read(huge)
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match="line 1 of"):
+        read(picture)
