@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
     Args:
         source: a JSON-lines, CSV or TSV file, or a folder that holds one named captions or metadata. A line has a
             file (`file`, `file_name`, `image` or `path`) and `captions` (a list; JSON only) or `caption`, and may have
-            `split`, `group` and `label`. Lines of one file are put together.
+            `split`, `group` and `label`. Lines of one file are put together. UTF-8; a table has its columns named in
+            the first line, in any case, and commas, semicolons or tabs between them.
 
     Raises:
         InputError: missing, or a line that is not of that form (numbered), or no caption at all.
@@ -59,10 +60,11 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
     for number, entry in _entries(path):
         image = _captioned(entry)
         if image is None:
-            raise InputError(
-                f"line {number} of {str(path)!r} has no `file` with `captions` (or `caption`); mend it, and quote "
-                "cells that hold the separator"
-            )
+            raise InputError(f"line {number} of {str(path)!r} has no `file` with `captions` (or `caption`); mend it")
+        try:
+            "".join(image.captions).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"line {number} of {str(path)!r} has half a character (a lone \\ud...); mend it") from None
         earlier = images.setdefault(image.file, image)
         if earlier is image:
             continue
@@ -79,27 +81,70 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"captions {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
-    if path.suffix.lower() in (".csv", ".tsv"):
-        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            for entry in lines:
-                # More cells than names: a caption with a bare comma would be cut without a word.
-                yield lines.line_num, None if None in entry else entry
-        except csv.Error as error:
-            raise InputError(
-                f"line {lines.line_num + 1} of {str(path)!r} cannot be read ({reason_of(error)}); mend it"
-            ) from None
-        return
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"line {number} of {str(path)!r} is not UTF-8; give a .csv, .tsv or .jsonl file that is saved as UTF-8"
+        ) from None
+    return _rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _lines(path, text)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     # Not `splitlines`, which also breaks at separators that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except ValueError:
-                yield number, None
+                raise InputError(
+                    f"line {number} of {str(path)!r} is not JSON; give one object a line, or a table named .csv or .tsv"
+                ) from None
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Rows of a table; spreadsheets of some countries write semicolons into a .csv file."""
+    header = text.partition("\n")[0]
+    separators = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"
+    separator = next((mark for mark in separators if mark in header), ",")
+    # Strict: a quote that is never closed would take the rest of the file for one caption.
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+        _check_columns(path, rows.fieldnames)
+        for row in rows:
+            beyond = row.pop(None, [])
+            if any(cell.strip() for cell in beyond):
+                raise InputError(
+                    f"line {rows.line_num} of {str(path)!r} has more cells than there are columns; put captions that "
+                    f"hold {separator!r} in double quotes"
+                )
+            if (row.get("captions") or "").startswith("["):
+                raise InputError(
+                    f"line {rows.line_num} of {str(path)!r} has a list of captions in one cell; give one row a caption"
+                )
+            if any((cell or "").strip() for cell in row.values()):
+                yield rows.line_num, row
+    except csv.Error as error:
+        raise InputError(
+            f"line {rows.line_num + 1} of {str(path)!r} cannot be read ({reason_of(error)}); mend it"
+        ) from None
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    needed = (_FILE, ("captions", "caption"))
+    if names and not all(any(name in names for name in choice) for choice in needed):
+        raise InputError(
+            f"{str(path)!r} has the columns {', '.join(map(repr, names))}; name one file (or file_name, image, path) "
+            "and one caption"
+        )
+    known = [*_FILE, "captions", "caption", "split", "group", "label"]
+    if twice := [name for name in known if names.count(name) > 1]:
+        raise InputError(f"{str(path)!r} has two columns {twice[0]!r}; keep one, with one row a caption")
 
 
 def _captioned(entry: Any) -> CaptionedImage | None:

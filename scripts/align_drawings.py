@@ -73,13 +73,13 @@ def features(out: Path, data: str) -> tuple[Features, Features, np.ndarray, np.n
             packed.extractall(out / "data")
     drawings, folder = read_captioned(out / "data")
     sides = []
-    for name, data in (
+    for name, items in (
         ("image", [folder / drawing.file for drawing in drawings]),
         ("text", [drawing.captions[0] for drawing in drawings]),
     ):
         encoder = load_encoder(f"bundled:{name}", device="cpu")
         layers = [*range(encoder.layer_count(name)), "output"]
-        sides.append(extract_features(encoder, data, layers=layers, cache=out / "features", progress=True))
+        sides.append(extract_features(encoder, items, layers=layers, cache=out / "features", progress=True))
     split = np.array([drawing.split for drawing in drawings])
     ours = np.array([drawing.file.startswith(data) for drawing in drawings])
     noto = np.array([drawing.file.startswith("emoji/noto") for drawing in drawings])

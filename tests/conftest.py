@@ -118,6 +118,7 @@ def aligned_photos(photos: Path, bundled: Encoder, tmp_path_factory: pytest.Temp
         tmp_path_factory.mktemp("aligned") / "encoder",
         **towers,
         options={"steps": 60, "dim": 64, "temperature": 0.2},
+        layer_score="mutual-knn",
         test=0.3,
         against=bundled,
         device="cpu",

@@ -118,9 +118,12 @@ def test_layers_by_number(align: Run, pairs: Path, tmp_path: Path) -> None:
 def test_images_left_out_have_an_exit_code(align: Run, pairs: Path, tmp_path: Path) -> None:
     with pairs.open("a") as file:
         file.write(json.dumps({"file": "missing.jpg", "caption": "nothing"}) + "\n")
+        file.write(json.dumps({"file": "bare.jpg", "caption": " "}) + "\n")
     result = align(pairs, "-o", tmp_path / "mine", *FEW, "-q")
     assert result.code == cli.PARTIAL
     assert "1 images could not be read" in result.err
+    assert "does not exist" in result.err
+    assert "1 images have no caption and are left out" in result.err
     assert "missing.jpg" in result.err
     assert (tmp_path / "mine" / "encoder.json").is_file()
 
@@ -128,17 +131,20 @@ def test_images_left_out_have_an_exit_code(align: Run, pairs: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--layers", "9,x"], "layers is '9,x'; give select, last, output, or two of them"),
+        (["--layers", "9,x"], "layers is '9,x'; give select, last, output, or IMAGE,TEXT"),
         (["--layers", "9"], "such as 9,-1 or output,6"),
         (["--layers", "9,0"], "layer is 9; the image tower of"),
         (["--set", "depth=2"], "names no option of clip; give name=value of loss, head"),
-        (["--set", "levels"], "names no option of clip"),
+        (["--set", "levels"], "has no value; give levels=VALUE"),
         (["--set", "steps=many"], "'steps=many' has no value for steps"),
         (["--set", "steps=null"], "'steps=null' has no value for steps"),
         (["--set", "learn_temperature=perhaps"], "has no value for learn_temperature"),
         (["--set", "betas=0.9"], "has no value for betas"),
         (["--set", "loss=l2"], "should be 'clip' or 'siglip'"),
         (["--method", "ridge"], "method 'ridge' has no option 'dim'; it has regularisation"),
+        (["--set", "steps=9"], "steps is given twice; give it once"),
+        (["--set", "rank=1", "--set", "rank=2"], "rank is given twice; give it once"),
+        (["--method", "procrustes", "--set", "rank=1"], "procrustes has no options; leave it out"),
         (["--templates", "fancy"], "templates are 'fancy'; give simple or imagenet, or a file"),
         (["--against", "clip"], "encoder 'clip' is neither a folder nor"),
         (["--dtype", "int3"], "int3"),
@@ -228,11 +234,17 @@ def test_eval_captions_says_what_flatters(run: Run, aligned: Path, pairs: Path) 
 
 def test_eval_does_not_write_into_an_encoder(run: Run, aligned: Path, pairs: Path) -> None:
     before = (aligned / "report.json").read_bytes()
-    result = run("eval", "captions", pairs, "-e", aligned, "--out", aligned)
-    assert result.code == 1
-    assert "choose another folder" in result.err
-    assert len(result.err.splitlines()) == 1
+    for words in (("captions", pairs), ("zero-shot", pairs.parent)):
+        result = run("eval", *words, "-e", aligned, "--out", aligned)
+        assert result.code == 1
+        assert "is an encoder with a report of its own; choose another folder" in result.err
+        assert len(result.err.splitlines()) == 1
     assert (aligned / "report.json").read_bytes() == before
+    heads = pairs.parent / "heads"
+    heads.mkdir()
+    (heads / "alignment.json").write_text("{}")
+    assert "is an alignment with" in run("eval", "captions", pairs, "-e", aligned, "--out", heads).err
+    assert "is a file" in run("eval", "captions", pairs, "-e", aligned, "--out", pairs).err
 
 
 def test_eval_zero_shot(run: Run, aligned: Path, captions: list[dict[str, Any]], photos: Path, tmp_path: Path) -> None:
@@ -254,8 +266,15 @@ def test_eval_zero_shot(run: Run, aligned: Path, captions: list[dict[str, Any]],
         assert about["classes"] == ["elephant", "traffic light"]
         assert about["images"] == count
         assert about["figures"]["chance"]["top1_micro"] == 0.5
+    saved = run("eval", "zero-shot", tmp_path / "classes", "-e", aligned, "-o", tmp_path / "out", "--json", "-q")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(saved.out)
+    with Image.open(tmp_path / "out" / "report.png") as picture:
+        assert min(picture.size) > 200
     shown = run("eval", "zero-shot", tmp_path / "classes", "-e", aligned, "-q")
     assert shown.out.startswith(f"{count} images of 2 classes, 7 texts a class")
+    nowhere = run("eval", "zero-shot", tmp_path / "nowhere", "-e", aligned)
+    assert nowhere.code == 1
+    assert "nowhere' is not a folder; give one" in nowhere.err
     own.write_text("a photo\n")
     wrong = run("eval", "zero-shot", tmp_path / "classes", "-e", aligned, "--templates", own)
     assert wrong.code == 1

@@ -137,6 +137,9 @@ def align_many(
     for what, names, known in (("validation", masks, modalities), ("unpaired", unpaired or (), [*modalities, TEXT])):
         for name in names:
             one_of(f"a modality of {what}", name, known)
+    for name, pairs in modalities.items():
+        if not isinstance(pairs, Pairs):
+            raise InputError(f"modality {name} is a {type(pairs).__name__}; give Pairs(rows, texts)")
     where = resolve_device(device)
     prepared = {name: _Prepared.of(name, pairs, paired=entry.paired) for name, pairs in modalities.items()}
     warnings = [warning for one in prepared.values() for warning in one.warnings]

@@ -1,19 +1,19 @@
-"""Pictures of an alignment: what it finds beside its baselines, how it was fitted, and the table of layer scores."""
+"""Pictures of an alignment: what it finds and names beside its baselines, how it was fitted, and layer scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation import Comparison
+from ..evaluation import Comparison, ZeroShot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_layers", "draw_report", "score_title"]
+__all__ = ["draw_layers", "draw_report", "draw_zero_shot", "score_title"]
 
 _WIDEST = 40  # letters of a name
 _TITLES = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -25,13 +25,24 @@ def draw_report(path: Path, comparison: Comparison, history: Sequence[Mapping[st
     for axis, (direction, title) in zip(axes, _TITLES.items(), strict=False):
         _recalls(axis, comparison, direction)
         axis.set_title(f"{title}  ({comparison.images:,} images, {comparison.captions:,} captions)", fontsize=9)
-    axes[0].set_yticks(
-        range(len(comparison.figures)), [_short(name) for name in comparison.figures], fontsize=8, parse_math=False
-    )
+    _name_rows(axes[0], comparison.figures)
     axes[1].set_yticks(range(len(comparison.figures)), [""] * len(comparison.figures))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=9, fontsize=8, frameon=False)
     if history:
         _fit(axes[2], history)
+    _save(figure, path)
+
+
+def draw_zero_shot(path: Path, result: ZeroShot) -> None:
+    """Top-1 and top-5 accuracy over the images of every candidate."""
+    figure, (axis,) = _figure(1, max(3.0, 1.4 + 0.42 * len(result.figures)), 6.0)
+    for k in (1, 5):
+        values = [found[f"top{k}_micro"] for found in result.figures.values()]
+        axis.plot(values, range(len(values)), "o", markersize=4, label=f"top-{k}")
+    _shares(axis, len(result.figures))
+    _name_rows(axis, result.figures)
+    axis.set_title(f"{result.images:,} images of {len(result.classes):,} classes", fontsize=9)
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -73,11 +84,21 @@ def _recalls(axis: Axes, comparison: Comparison, direction: str) -> None:
         lift = (at - (len(comparison.ks) - 1) / 2) * 0.16  # so that intervals do not hide each other
         axis.errorbar(values, places + lift, xerr=np.abs(np.array(ends) - values), fmt="o", color=f"C{at}",
                       markersize=4, elinewidth=1, label=f"R@{k}")  # fmt: skip
+    _shares(axis, len(places))
+
+
+def _shares(axis: Axes, candidates: int) -> None:
+    """From 0 to 1, one line a candidate, the first on top."""
     axis.set_xlim(-0.02, 1.02)
-    axis.set_ylim(len(places) - 0.5, -0.5)
+    axis.set_ylim(candidates - 0.5, -0.5)
     axis.tick_params(labelsize=8)
     axis.grid(axis="x", color="0.9")
-    axis.hlines(places[1:] - 0.5, -0.02, 1.02, color="0.9", linewidth=0.8)
+    axis.hlines(np.arange(1, candidates) - 0.5, -0.02, 1.02, color="0.9", linewidth=0.8)
+
+
+def _name_rows(axis: Axes, names: Iterable[str]) -> None:
+    shown = [_short(name) for name in names]
+    axis.set_yticks(range(len(shown)), shown, fontsize=8, parse_math=False)
 
 
 def _fit(axis: Axes, history: Sequence[Mapping[str, float]]) -> None:

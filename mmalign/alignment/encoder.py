@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from ..encoders.states import Layer, check_layer, default_pooling
 from ..errors import InputError
 from ..fingerprint import digest_of, tensor_digest
 from .heads import Head, build_head, head_tensors, read_heads
+from .report import read_report, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -222,8 +222,6 @@ class AlignedEncoder(JoinedEncoder):
 
     def write(self, folder: Path) -> dict[str, Any]:
         """As `JoinedEncoder`, with the baselines, the report and its pictures."""
-        from .report import write_report
-
         tensors = {f"{name}.{key}": value for name, heads in self.baselines.items()
                    for key, value in head_tensors(heads).items()}  # fmt: skip
         if tensors:
@@ -247,8 +245,7 @@ class AlignedEncoder(JoinedEncoder):
                 own = {key.removeprefix(f"{name}."): value for key, value in tensors.items()
                        if key.startswith(f"{name}.")}  # fmt: skip
                 encoder.baselines[name] = read_heads(settings, own)
-        with contextlib.suppress(OSError, ValueError):
-            encoder.report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        encoder.report = read_report(folder)
         with contextlib.suppress(OSError):
             encoder.fitted_on = frozenset((folder / _FITTED_ON).read_text().splitlines())
         return encoder

@@ -125,7 +125,7 @@ class FitOptions:
     tcm_margins: tuple[float, float] | None = None
     steps: int = 1000
     batch_size: int = 1024
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -318,7 +318,7 @@ class _Loop:
             for term, value in found.items():
                 terms.setdefault(term, []).append(value)
             if weight := structure_weight(step, self.options.structure, self.options.structure_warmup):
-                both = self._structure(name, rows, z, step) + self._structure(TEXT, texts, z_text, step)
+                both = self._structure(name, rows, z) + self._structure(TEXT, texts, z_text)
                 terms.setdefault("structure", []).append(weight * both / 2)
         return {name: torch.stack(values).mean() for name, values in terms.items()}
 
@@ -350,7 +350,7 @@ class _Loop:
             terms["tcm"] = options.tcm * tcm.loss
         return terms
 
-    def _structure(self, name: str, rows: Tensor, z: Tensor, step: int) -> Tensor:
+    def _structure(self, name: str, rows: Tensor, z: Tensor) -> Tensor:
         options = self.options
         if name in self.unpaired:
             more = self.unpaired[name][next(self.unpaired_draws[name])]
@@ -365,7 +365,7 @@ class _Loop:
                     f"{options.temperature:g}, so STRUCTURE has little to hold on to; try a higher temperature"
                 )
         return structure_loss(
-            rows,
+            None,
             z,
             temperature=options.temperature,
             levels=options.levels,

@@ -13,12 +13,16 @@ from jaxtyping import Int
 
 from ..checks import in_range
 from ..encoders import Encoder, load_encoder
-from ..errors import InputError
-from ..features import FeatureSet, load_features
+from ..errors import InputError, reason_of
+from ..features import Features, FeatureSet, load_features
 from .aligning import checked_owner
 from .baselines import encoded_by, fit_beside_baselines, report_of
+from .encoder import TowerEncoder
+from .fitting import TEXT
+from .heads import FrameHead
 from .methods import METHODS, options_of
 from .report import AlignmentRun
+from .result import FeatureSource
 from .split import PairSubset, grouped, held_out
 
 __all__ = ["align_features"]
@@ -61,8 +65,8 @@ def align_features(
         progress: show a bar.
 
     Raises:
-        InputError: rows that do not pair up or are not finite (named), one encoder without the other, or `out` exists
-            and is neither an encoder nor an alignment.
+        InputError: rows that do not pair up or are not finite (named), one encoder without the other or of another
+            width, or `out` exists and is neither an encoder nor an alignment.
         EncoderMismatchError: features of another encoder than the one given.
     """
     options_of(method, options or {})
@@ -78,12 +82,14 @@ def align_features(
         raise InputError(f"{os.fspath(out)!r} exists and holds no {kind}; choose another path")
     images, texts = load_features(image_features), load_features(text_features)
     towers = [one if isinstance(one, Encoder) else load_encoder(one, device=device) for one in given]
-    for tower, features in zip(towers, (images, texts), strict=False):
+    for tower, features, side in zip(towers, (images, texts), ("image", TEXT), strict=False):
         features.require_encoder(tower)
+        _require_tower(tower, features, side)
     if isinstance(owner, (str, os.PathLike)):
         owner = _owner_file(Path(owner))
     whose = checked_owner("image", len(images), len(texts), owner)
-    columns: list[Sequence[object]] = [images.content]
+    # Rows that could not be read are like no other.
+    columns: list[Sequence[object]] = [[digest or None for digest in images.content]]
     if groups is not None:
         if len(groups) != len(images):
             raise InputError(f"groups are {len(groups)} for {len(images)} images; give one an image")
@@ -120,19 +126,28 @@ def align_features(
         warnings=warnings,
         skipped=images.skipped,
     )
+    alignment.report = report
     if not towers:
-        alignment.report = report
         folder = None if out is None else alignment.save(out)
         return AlignmentRun(None, alignment, report, folder, warnings)
     encoder = alignment.encoder(*towers)
     encoder.baselines = {name: dict(fit.heads) for name, fit in fits.items() if name != method}
-    encoder.fitted_on = frozenset(training.images.content)
+    if images.encoder is not None:  # else they are hashes of rows, not of image files
+        encoder.fitted_on = frozenset(training.images.content)
     encoder.report = report
     return AlignmentRun(encoder, alignment, report, None if out is None else encoder.save(out), warnings)
+
+
+def _require_tower(encoder: Encoder, features: Features, side: str) -> None:
+    """Check that the encoder gives such features, before anything is fitted on them."""
+    for layer, rows in features.layers.items():
+        source = FeatureSource.of(features, layer, rows.shape[1])
+        TowerEncoder(encoder, side, FrameHead(source.dim, source.dim), layer=layer, pooling=source.pooling)
 
 
 def _owner_file(path: Path) -> Int[np.ndarray, " m"]:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"owner {str(path)!r} cannot be read ({error}); give a .npy file of whole numbers") from None
+        reason = reason_of(error) if isinstance(error, OSError) else "it is no .npy file"
+        raise InputError(f"owner {str(path)!r} cannot be read ({reason}); give a .npy file of whole numbers") from None

@@ -30,7 +30,7 @@ from .encoder import AlignedEncoder
 from .heads import Head
 from .split import unique_images
 
-__all__ = ["evaluate_on_captions", "evaluate_zero_shot"]
+__all__ = ["evaluate_on_captions", "evaluate_zero_shot", "seen_before"]
 
 
 def evaluate_on_captions(
@@ -82,7 +82,7 @@ def evaluate_on_captions(
         usable &= sides["image"].usable
         content = sides["image"].content
         skipped |= {entry["row"]: entry for entry in sides["image"].skipped}
-        notes += _seen_before(name, encoder, sides["image"])
+        notes += seen_before(name, encoder, sides["image"])
         images_raw, texts_raw = _raw(sides["image"]), _raw(sides["text"])
         for label, _, heads in _heads(name, encoder):
             encoded[label] = (
@@ -125,9 +125,11 @@ def evaluate_zero_shot(
     texts = named_templates(templates) if isinstance(templates, str) else list(templates)
     class_prompts(["any"], texts)
     root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{str(root)!r} is not a folder; give one with a subfolder of images for each class")
     files, labels = [], []
     known = Image.registered_extensions()
-    places = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."] if root.is_dir() else []
+    places = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
     for place in sorted(places):
         inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in known and path.is_file())
         files += inside
@@ -144,7 +146,7 @@ def evaluate_zero_shot(
         found = _features(encoder, "image", files, batch_size, workers, progress)
         usable &= found.usable
         skipped |= {entry["row"]: entry for entry in found.skipped}
-        notes += _seen_before(name, encoder, found)
+        notes += seen_before(name, encoder, found)
         raw = _raw(found)
         for label, kind, heads in _heads(name, encoder):
             rows[label] = unit_rows(raw if heads is None else _mapped(heads["image"], raw))
@@ -162,10 +164,12 @@ def _require_both(encoders: Mapping[str, Encoder]) -> None:
         encoder.require("text")
 
 
-def _seen_before(name: str, encoder: Encoder, images: Features) -> list[str]:
-    """A note where an aligned encoder is about to be measured on what it was fitted on."""
+def seen_before(name: str, encoder: Encoder, images: Features) -> list[str]:
+    """A note where an aligned encoder is, or may be, about to be measured on what it was fitted on."""
     if not isinstance(encoder, AlignedEncoder):
         return []
+    if not encoder.fitted_on:
+        return [f"which images {name} was fitted on is not known; its figures are too good if they are among these"]
     known = sum(digest in encoder.fitted_on for digest in images.content)
     if not known:
         return []

@@ -147,7 +147,7 @@ def options_of(method: str, given: Mapping[str, Any]) -> Any:
     """The options of a method: its preset, and what is given.
 
     Raises:
-        InputError: no such method, or an option that it does not have.
+        InputError: no such method, an option that it does not have, or one that the others leave without effect.
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}; give one of {', '.join(METHODS)}")
@@ -156,7 +156,24 @@ def options_of(method: str, given: Mapping[str, Any]) -> Any:
     for name in given:
         if name not in known:
             raise InputError(f"method {method!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
-    return entry.options(**{**entry.preset, **given})
+    options = entry.options(**{**entry.preset, **given})
+    if isinstance(options, FitOptions):
+        _refuse_idle(options, given)
+    return options
+
+
+def _refuse_idle(options: FitOptions, given: Mapping[str, Any]) -> None:
+    heads = {options.head, options.text_head or options.head}
+    needed = {
+        "layers": ("mlp" in heads, "no head is 'mlp'"),
+        **dict.fromkeys(("rank", "dropout"), ("residual" in heads, "no head is 'residual'")),
+        "bias": (options.loss == "siglip", f"loss is {options.loss!r}"),
+        "soften_temperature": (options.soften > 0, "soften is 0"),
+        **dict.fromkeys(("structure_warmup", "levels", "divergence"), (options.structure > 0, "structure is 0")),
+    }
+    for name, (works, reason) in needed.items():
+        if name in given and not works:
+            raise InputError(f"{name} is given and {reason}, so that it would do nothing; leave {name} out")
 
 
 def _trained(
@@ -185,7 +202,8 @@ def _chosen(
         raise InputError(f"nothing is held out to choose {unset} by; give {unset}, or hold out some pairs")
     best = candidates[0]
     if len(candidates) > 1 and validation is not None:
-        scores = [_mrr(fit(training, candidate), validation) for candidate in candidates]
+        looks = {name: subset_for_looks(pairs, seed=0) for name, pairs in validation.items()}
+        scores = [_mrr(fit(training, candidate), looks) for candidate in candidates]
         best = candidates[int(np.argmax(scores))]
     return fit(_whole(training, validation), best), best
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from .encoder import AlignedEncoder
     from .result import Alignment
 
-__all__ = ["AlignmentRun", "report_lines", "write_report"]
+__all__ = ["AlignmentRun", "read_report", "report_lines", "write_report"]
+
+_FILE = "report.json"
 
 
 @dataclass
@@ -48,10 +50,18 @@ class AlignmentRun:
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write the report and its pictures into a folder."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    (folder / _FILE).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     draw_report(folder / "report.png", Comparison.from_dict(report["retrieval"]), report["history"])
     if report["layers"]:
         draw_layers(folder / "layers.png", report["layers"])
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `write_report` wrote; `{}` where there is none that can be read."""
+    try:
+        return json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:

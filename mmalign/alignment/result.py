@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from ..errors import DamagedError, EncoderMismatchError, InputError, reason_of
 from ..features import Features, FeatureSet, load_features
 from ..files import save_tensors, whole_folder
 from ..provenance import libraries, written_now
+from .encoder import AlignedEncoder, TowerEncoder
 from .fitting import TEXT
 from .heads import Head, head_tensors, read_heads
-from .report import write_report
-
-if TYPE_CHECKING:
-    from .encoder import AlignedEncoder, TowerEncoder
+from .report import read_report, write_report
 
 __all__ = ["Alignment", "FeatureSource", "load_alignment"]
 
@@ -102,7 +100,7 @@ class Alignment:
         report: what was measured beside baselines; JSON-safe, `{}` if nothing was.
     """
 
-    heads: dict[str, Head]
+    heads: dict[str, Head] = field(repr=False)
     method: str
     options: dict[str, Any]
     sources: dict[str, FeatureSource]
@@ -110,10 +108,10 @@ class Alignment:
     step: int = 0
     stopped: int = 0
     learned: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
     warnings: list[str] = field(default_factory=list)
     seed: int = 0
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def dim(self) -> int:
@@ -154,8 +152,6 @@ class Alignment:
             InputError: no such modality, tower or layer, or other widths.
             EncoderMismatchError: not the encoder that the head was fitted on.
         """
-        from .encoder import TowerEncoder
-
         if modality not in self.heads:
             raise InputError(f"modality is {modality!r}; this alignment has {', '.join(self.heads)}")
         source = self.sources[modality]
@@ -172,8 +168,6 @@ class Alignment:
         Raises:
             InputError, EncoderMismatchError: see `tower`.
         """
-        from .encoder import AlignedEncoder
-
         towers = self.tower("image", image_encoder), self.tower(TEXT, text_encoder)
         return AlignedEncoder(*towers, {}, dim=self.dim, settings=self.summary())
 
@@ -230,6 +224,7 @@ def load_alignment(folder: str | os.PathLike[str]) -> Alignment:
                 heads=read_heads(about["heads"], load_file(path / "heads.safetensors")),
                 sources={name: FeatureSource(**source) for name, source in about["sources"].items()},
                 **{name: about[name] for name in own},
+                report=read_report(path),
             )
     except Exception as error:
         raise DamagedError(f"alignment {str(path)!r} cannot be read ({reason_of(error)}); fit it again") from None

@@ -20,6 +20,7 @@ from ..features import Features, extract_features
 from ..layer_selection import SCORES, layer_scores
 from ..pairs import CaptionedImage, read_captioned
 from .baselines import encoded_by, fit_beside_baselines, report_of
+from .measuring import seen_before
 from .methods import METHODS, options_of
 from .report import AlignmentRun
 from .split import ImageSplits, PairSubset
@@ -38,7 +39,7 @@ def align_encoders(
     method: str = "structure",
     options: Mapping[str, Any] | None = None,
     layers: str | Sequence[int | str] = "select",
-    layer_score: Literal["mutual-knn", "cka"] = "mutual-knn",
+    layer_score: Literal["cka", "mutual-knn"] | None = None,
     pooling: Literal["cls", "mean"] | None = None,
     sample: int = 5000,
     validation: float = 0.1,
@@ -70,7 +71,8 @@ def align_encoders(
         options: of the method; see `FitOptions` and its neighbours.
         layers: "select" takes the pair of layers whose neighbourhoods are most alike (STRUCTURE, section 3.3), "last"
             the last blocks, "output" the encoders' own features, or (image layer, text layer).
-        layer_score: what "select" goes by; see `layer_scores`.
+        layer_score: what "select" goes by: "cka" by default, or "mutual-knn", as STRUCTURE's authors do; see
+            `layer_scores`. Mutual kNN prefers narrow layers of convolutional networks, which hold less (README).
         pooling: of image tokens, "cls" or "mean"; by default the class token where there is one.
         sample: training images that layers are chosen on, at most.
         validation: share of the training images held out while fitting, where the data name none.
@@ -100,6 +102,7 @@ def align_encoders(
     template_list = named_templates(templates) if isinstance(templates, str) else list(templates)
     class_prompts(["any"], template_list)
     images, root = read_captioned(data)
+    bare = sum(not image.captions for image in images)
     images = [image for image in images if image.captions]
     files = [root / image.file for image in images]
     splits = ImageSplits.of(images, files, test=test, duplicates=duplicates, seed=seed,
@@ -115,7 +118,7 @@ def align_encoders(
         cache = Path(out).absolute().parent / "mmalign-features"
     extract = _Extraction(towers, pooling, cache, batch_size, workers, progress)
 
-    chosen, scores = _choose(layers, layer_score, extract, images, files, splits, sample, seed)
+    chosen, scores = _choose(layers, layer_score or "cka", extract, images, files, splits, sample, seed)
     features = extract("image", files, [chosen[0]])
     captions = [caption for image in images for caption in image.captions]
     owner = np.repeat(np.arange(len(images)), [len(image.captions) for image in images])
@@ -142,9 +145,11 @@ def align_encoders(
     measured = PairSubset.of(features, texts, owner, splits.test & features.usable)
     encoded = encoded_by(fits, measured)
     judges: dict[str, Encoder] = {name: encoder.variant(name) for name in fits}
+    warnings = [*splits.warnings, *fits[method].warnings]
     if rival is not None:
         name = rival.spec if rival.spec not in encoded else f"{rival.spec} (given)"
         judges[name] = rival
+        warnings += seen_before(name, rival, measured.images)
         encoded[name] = (
             rival.encode_images([files[row] for row in measured.rows], batch_size=batch_size, workers=workers,
                                 progress=progress),
@@ -157,12 +162,13 @@ def align_encoders(
         rows = {name: pair[0] for name, pair in encoded.items()}
         zero_shot = compare_zero_shot(judges, rows, [str(label) for label in test_labels], templates=template_list,
                                       batch_size=batch_size)  # fmt: skip
-    warnings = [*splits.warnings, *fits[method].warnings]
     if copies := training.copies + measured.copies:
         warnings.append(f"{copies} images are copies of others; each counts once, with the captions of all")
-    if skipped := [entry["name"] for entry in features.skipped]:
-        warnings.append(f"{len(skipped)} images could not be read and are left out (first: {skipped[0]!r})")
-    encoder.report = report_of(
+    if bare:
+        warnings.append(f"{bare} images have no caption and are left out")
+    if skipped := features.skipped:
+        warnings.append(f"{len(skipped)} images could not be read and are left out (first: {skipped[0]['message']})")
+    encoder.report = fits[method].report = report_of(
         fits,
         encoded,
         measured,
@@ -185,7 +191,7 @@ def _check_arguments(
     method: str,
     options: Mapping[str, Any] | None,
     layers: str | tuple[int | str, ...],
-    layer_score: str,
+    layer_score: str | None,
     pooling: str | None,
     sample: int,
     validation: float,
@@ -201,9 +207,10 @@ def _check_arguments(
         one_of("layers", layers, ("select", "last", "output"))
     elif len(layers) != 2:
         raise InputError(f"layers is {layers!r}; give (image layer, text layer)")
-    one_of("layer_score", layer_score, SCORES)
-    if layers != "select" and layer_score != SCORES[0]:
-        raise InputError(f"layer_score is {layer_score!r}, and layers are given; leave it out, or give layers 'select'")
+    if layer_score is not None:
+        one_of("layer_score", layer_score, SCORES)
+        if layers != "select":
+            raise InputError(f"layer_score is {layer_score!r}, and layers are given; leave one of them out")
     if pooling is not None:
         one_of("pooling", pooling, POOLINGS)
         if layers == "output" or layers[0] == "output":

@@ -186,8 +186,8 @@ class ImageSplits:
         training = ~tested & ~dropped
         if not (training & ~checked).any() or tested.sum() < 2:
             raise InputError(
-                f"{int((training & ~checked).sum())} images to train on and {int(tested.sum())} to measure on; give "
-                "more pairs, or mend `split`"
+                f"{int((training & ~checked).sum())} images to train on and {int(tested.sum())} to measure on, and it "
+                "takes 1 and 2; give more pairs or another share `test`, or mend `split`"
             )
         return cls(training, checked & ~dropped, tested, groups, warnings)
 

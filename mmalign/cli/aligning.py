@@ -14,6 +14,8 @@ from mmalign.errors import InputError, reason_of
 from .options import PARTIAL, Device, Quiet, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mmalign.alignment import AlignmentRun
 
 __all__ = ["align", "eval_captions", "eval_zero_shot"]
@@ -28,6 +30,11 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Items a forward pass
 Workers = Annotated[int | None, typer.Option(min=1, help="Decoding threads. (default: one a core)")]
 Templates = Annotated[
     str, typer.Option(help="Texts for class names: simple (7), imagenet (80), or a file with one text with {} a line.")
+]
+
+
+ReportFolder = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write report.json and report.png into this folder.")
 ]
 
 
@@ -86,7 +93,9 @@ def align(
             "IMAGE,TEXT such as 9,-1 or output,6."
         ),
     ] = "select",
-    layer_score: Annotated[_Score, typer.Option(help="What select goes by.")] = _Score.mutual_knn,
+    layer_score: Annotated[
+        _Score | None, typer.Option(help="What select goes by. (default: cka)", show_choices=True)
+    ] = None,
     pooling: Annotated[
         _Pooling | None, typer.Option(help="Of image tokens. (default: cls where there is a class token)")
     ] = None,
@@ -153,7 +162,7 @@ def align(
 
     given = {"head": head, "dim": dim, "structure": structure, "temperature": temperature, "steps": steps}
     own = {name: value for name, value in given.items() if value is not None}
-    method_options = {**own, **_named(method.value, options or [])}
+    method_options = _named(method.value, options or [], own)
     if image_features is not None or text_features is not None:
         features = _only_features(context, data, image_features, text_features)
         run = align_features(
@@ -185,7 +194,7 @@ def align(
         method=method.value,
         options=method_options,
         layers=_layers(layers),
-        layer_score=layer_score.value,
+        layer_score=None if layer_score is None else layer_score.value,
         pooling=None if pooling is None else pooling.value,
         sample=sample,
         validation=validation,
@@ -202,8 +211,6 @@ def align(
         progress=not quiet,
     )
     _report(run, as_json)
-    if run.report["skipped"]:
-        raise typer.Exit(PARTIAL)
 
 
 def _report(run: AlignmentRun, as_json: bool) -> None:
@@ -211,12 +218,14 @@ def _report(run: AlignmentRun, as_json: bool) -> None:
         say(f"note: {warning}")
     if as_json:
         print(json.dumps(run.to_dict()))
-        return
-    print("\n".join(run.lines()))
-    if run.encoder is None:
-        say(f"the heads are in {str(run.folder)!r}; `mmalign.load_alignment` in Python encodes features with them")
     else:
-        say(f"the encoder is {str(run.folder)!r}; index with `mmalign index FOLDER --encoder {run.folder}`")
+        print("\n".join(run.lines()))
+        if run.encoder is None:
+            say(f"the heads are in {str(run.folder)!r}; `mmalign.load_alignment` in Python encodes features with them")
+        else:
+            say(f"the encoder is {str(run.folder)!r}; index with `mmalign index FOLDER --encoder {run.folder}`")
+    if run.report["skipped"]:
+        raise typer.Exit(PARTIAL)
 
 
 _FOR_DATA = ("layers", "layer_score", "pooling", "sample", "duplicates", "against", "templates", "cache", "dtype",
@@ -244,9 +253,7 @@ def eval_captions(
         list[str], typer.Option("--encoder", "-e", help="Spec or folder; repeat to compare.", show_default=False)
     ],
     split: Annotated[str | None, typer.Option(help="Measure on the lines of this split alone.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write report.json and report.png into this folder.")
-    ] = None,
+    out: ReportFolder = None,
     device: Device = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
@@ -261,11 +268,10 @@ def eval_captions(
     a note if it was fitted on any of these images.
     """
     from mmalign.alignment import evaluate_on_captions
+    from mmalign.alignment.drawing import draw_report
     from mmalign.encoders import load_encoder
 
-    if out is not None and ((out / "encoder.json").exists() or out.is_file()):
-        raise InputError(f"{str(out)!r} is {'a file' if out.is_file() else 'an encoder with a report of its own'}; "
-                         "choose another folder")  # fmt: skip
+    _check_report_folder(out)
     encoders = {name: load_encoder(name, device=device) for name in encoder}
     comparison, skipped = evaluate_on_captions(
         encoders, data, split=split, batch_size=batch_size, workers=workers, seed=seed, progress=not quiet
@@ -278,14 +284,7 @@ def eval_captions(
         "skipped": skipped,
     }
     _show(about, comparison.table(), comparison.notes, as_json)
-    if out is not None:
-        from mmalign.alignment.drawing import draw_report
-        from mmalign.files import whole_file
-
-        with whole_file(out / "report.json") as path:
-            path.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        with whole_file(out / "report.png") as path:
-            draw_report(path, comparison)
+    _save_report(out, about, lambda path: draw_report(path, comparison))
     if skipped:
         say(f"note: {len(skipped)} images could not be read and are left out (first: {skipped[0]['name']!r})")
         raise typer.Exit(PARTIAL)
@@ -299,6 +298,7 @@ def eval_zero_shot(
         list[str], typer.Option("--encoder", "-e", help="Spec or folder; repeat to compare.", show_default=False)
     ],
     templates: Templates = "simple",
+    out: ReportFolder = None,
     device: Device = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
@@ -307,8 +307,10 @@ def eval_zero_shot(
 ) -> None:
     """Classify images by the texts of their class names; accuracy over images (micro) and over classes (macro)."""
     from mmalign.alignment import evaluate_zero_shot
+    from mmalign.alignment.drawing import draw_zero_shot
     from mmalign.encoders import load_encoder
 
+    _check_report_folder(out)
     encoders = {name: load_encoder(name, device=device) for name in encoder}
     result, skipped = evaluate_zero_shot(
         encoders, folder, templates=_templates(templates), batch_size=batch_size, workers=workers, progress=not quiet
@@ -321,6 +323,7 @@ def eval_zero_shot(
         "skipped": skipped,
     }
     _show(about, [title, *result.table()], result.notes, as_json)
+    _save_report(out, about, lambda path: draw_zero_shot(path, result))
     if skipped:
         say(f"note: {len(skipped)} images could not be read and are left out (first: {skipped[0]['name']!r})")
         raise typer.Exit(PARTIAL)
@@ -332,6 +335,27 @@ def _show(about: dict[str, Any], lines: list[str], notes: list[str], as_json: bo
         say(f"note: {note}")
 
 
+def _check_report_folder(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.is_file():
+        raise InputError(f"{str(out)!r} is a file; choose another folder")
+    for name, what in (("encoder.json", "an encoder"), ("alignment.json", "an alignment")):
+        if (out / name).exists():
+            raise InputError(f"{str(out)!r} is {what} with a report of its own; choose another folder")
+
+
+def _save_report(out: Path | None, about: dict[str, Any], draw: Callable[[Path], None]) -> None:
+    from mmalign.files import whole_file
+
+    if out is None:
+        return
+    with whole_file(out / "report.json") as path:
+        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    with whole_file(out / "report.png") as path:
+        draw(path)
+
+
 def _layers(text: str) -> str | tuple[int | str, int | str]:
     if text in ("select", "last", "output"):
         return text
@@ -340,7 +364,7 @@ def _layers(text: str) -> str | tuple[int | str, int | str]:
         image, words = (part if part == "output" else int(part) for part in parts)
     except ValueError:
         raise InputError(
-            f"layers is {text!r}; give select, last, output, or two of them such as 9,-1 or output,6"
+            f"layers is {text!r}; give select, last, output, or IMAGE,TEXT such as 9,-1 or output,6"
         ) from None
     return image, words
 
@@ -355,27 +379,33 @@ def _templates(text: str) -> str | list[str]:
         raise InputError(f"templates {text!r} cannot be read ({reason_of(error)}); check the path") from None
 
 
-def _named(method: str, given: list[str]) -> dict[str, Any]:
-    """`name=value` as the method's options have them."""
+def _named(method: str, given: list[str], own: dict[str, Any]) -> dict[str, Any]:
+    """`name=value` as the method's options have them, beside those with an option of their `own`."""
     from pydantic import TypeAdapter, ValidationError
 
     from mmalign.alignment import METHODS
 
     types = get_type_hints(METHODS[method].options)
-    options: dict[str, Any] = {}
+    options = dict(own)
     for entry in given:
         name, equals, value = entry.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or name not in types:
-            known = ", ".join(types) or "none"
-            raise InputError(f"--set {entry!r} names no option of {method}; give name=value of {known}")
+        if not types:
+            raise InputError(f"--set {entry!r}: {method} has no options; leave it out")
+        if name not in types:
+            raise InputError(f"--set {entry!r} names no option of {method}; give name=value of {', '.join(types)}")
+        if not equals:
+            raise InputError(f"--set {entry!r} has no value; give {name}=VALUE")
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
         try:
-            options[name] = TypeAdapter(types[name]).validate_python(parsed)
+            checked = TypeAdapter(types[name]).validate_python(parsed)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
             raise InputError(f"--set {entry!r} has no value for {name}: it {reason}") from None
+        if name in options:
+            raise InputError(f"--set {entry!r}: {name} is given twice; give it once")
+        options[name] = checked
     return options

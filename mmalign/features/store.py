@@ -124,9 +124,10 @@ def load_features(source: FeatureSet) -> Features:
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        # numpy takes whatever is no .npy for a pickle, and advises to load that.
+        reason = reason_of(error) if isinstance(error, OSError) else "it is no .npy file"
         raise InputError(
-            f"{str(path)!r} cannot be read ({reason_of(error)}); give a .npy file of floats, or a folder made by "
-            "extract_features"
+            f"{str(path)!r} cannot be read ({reason}); give a .npy file of floats, or a folder made by extract_features"
         ) from None
     return _of_table(table, repr(str(path)))
 

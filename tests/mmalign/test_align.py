@@ -12,7 +12,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from mmalign.alignment import METHODS, Alignment, Pairs, align, align_many, load_alignment
+from mmalign.alignment import METHODS, Alignment, Pairs, align, align_many, fitting, load_alignment, methods
+from mmalign.alignment.fitting import mean_reciprocal_rank
 from mmalign.errors import DamagedError, EncoderMismatchError, InputError
 from mmalign.features import Features
 from mmalign.metrics import image_text_retrieval
@@ -166,6 +167,22 @@ def test_closed_forms_are_chosen_on_held_out_pairs_and_fitted_again_on_all() -> 
         align(data.x, data.y, method="cca", dims=17)
 
 
+def test_closed_forms_are_chosen_on_no_more_rows_than_fit_in_memory(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spied(z: torch.Tensor, z_text: torch.Tensor, owner: np.ndarray) -> float:
+        seen.append((len(z), len(z_text)))
+        return mean_reciprocal_rank(z, z_text, owner)
+
+    monkeypatch.setattr(fitting, "_MOST_VALIDATED", 20)
+    monkeypatch.setattr(methods, "mean_reciprocal_rank", spied)
+    found = align(turned.x, turned.y, method="ridge", validation=0.2)
+    assert seen == [(20, 20)] * 5
+    assert found.counts["image"]["held_out"] == 60
+
+
 @pytest.mark.parametrize(("method", "option"), [("cca", "shrinkage"), ("ridge", "regularisation")])
 def test_few_rows_without_regularisation_warn_with_the_remedy(method: str, option: str) -> None:
     data = Turned(30, dim=48, noise=0.01)
@@ -317,6 +334,11 @@ def holed(rows: np.ndarray, value: float) -> np.ndarray:
         ({"method": "procrustes", "steps": 5}, "method 'procrustes' has no option 'steps'; it has none"),
         ({"stepps": 5}, "method 'structure' has no option 'stepps'; it has loss, head"),
         ({"seed": -1}, "seed is -1"),
+        ({"layers": 3}, "layers is given and no head is 'mlp', so that it would do nothing; leave layers out"),
+        ({"head": "mlp", "dropout": 0.1}, "dropout is given and no head is 'residual'"),
+        ({"bias": -5.0}, "bias is given and loss is 'clip'"),
+        ({"soften_temperature": 0.2}, "soften_temperature is given and soften is 0"),
+        ({"method": "clip", "levels": 2}, "levels is given and structure is 0"),
     ],
 )
 def test_what_cannot_be_aligned(turned: Turned, change: dict[str, Any], message: str) -> None:

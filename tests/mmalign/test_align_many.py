@@ -105,3 +105,9 @@ def test_validation_by_modality(tmp_path: Path) -> None:
         }
     with pytest.raises(InputError, match="a modality of validation is 'sound'; give one of image, audio, depth"):
         align_many(pairs, validation={"sound": mask})
+
+
+def test_pairs_have_to_be_pairs() -> None:
+    rows = np.zeros((5, 3), np.float32)
+    with pytest.raises(InputError, match="audio is a tuple; give Pairs"):
+        align_many({"audio": (rows, rows)})  # type: ignore[dict-item]

@@ -58,6 +58,7 @@ def test_the_folder_is_an_encoder_with_its_report(aligned_photos: AlignmentRun) 
     again = load_encoder(folder, device="cpu")
     assert isinstance(again, AlignedEncoder)
     assert again.report == written
+    assert aligned_photos.alignment.report == aligned_photos.report
     assert set(again.baselines) == {"ridge", "cca"}
 
 
@@ -91,6 +92,27 @@ def test_figures_are_those_of_the_saved_encoder_on_the_test_images(
     assert found["structure"]["image_to_text"]["hit@5"] == pytest.approx(hits)
     assert found["chance"]["text_to_image"]["hit@5"] == pytest.approx(5 / 23)
     assert to_image["hit@5"] > 2 * found["chance"]["text_to_image"]["hit@5"]
+
+
+def test_layers_go_by_cka_unless_said_otherwise(aligned_photos: AlignmentRun, photos: Path) -> None:
+    assert aligned_photos.folder is not None
+    run = align_encoders(
+        photos,
+        None,
+        image_encoder=aligned_photos.encoder.image_encoder.encoder,
+        text_encoder=aligned_photos.encoder.text_encoder.encoder,
+        method="ridge",
+        test=0.3,
+        cache=aligned_photos.folder.parent / "mmalign-features",
+        batch_size=8,
+    )
+    scores = run.report["layers"]
+    table = np.array(scores["table"])
+    row, column = np.unravel_index(table.argmax(), table.shape)
+    assert scores["score_name"] == "cka"
+    assert scores["chosen"] == [scores["image_layers"][row], scores["text_layers"][column]]
+    assert not np.allclose(table, aligned_photos.report["layers"]["table"])
+    assert any("unbiased CKA" in line for line in run.lines())
 
 
 def test_layers_are_those_most_alike_on_the_training_images(
@@ -218,6 +240,14 @@ def test_same_seed_same_heads(tiny_align: Align, write: Write) -> None:
     assert one.encoder.fingerprint == again.encoder.fingerprint
     assert one.report["retrieval"] == again.report["retrieval"]
     assert one.encoder.fingerprint != other.encoder.fingerprint
+
+
+def test_a_rival_that_has_seen_the_test_images_is_named(tiny_align: Align, write: Write) -> None:
+    earlier = tiny_align(write(), seed=0).encoder
+    for seed, seen in ((0, False), (1, True)):
+        run = tiny_align(write(), seed=seed, against=earlier)
+        assert any("of these 10 images, so that its figures" in warning for warning in run.warnings) is seen
+        assert run.report["warnings"] == run.warnings
 
 
 def test_splits_that_the_data_name(tiny_align: Align, write: Write, captions: list[Row], photos: Path) -> None:

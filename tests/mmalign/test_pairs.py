@@ -122,6 +122,13 @@ def test_bad_row_of_a_table_is_numbered(tmp_path: Path, row: str) -> None:
         read(path)
 
 
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"file": "a.jpg", "caption": "a \\ud83d\\ude00"}\n{"file": "b.jpg", "caption": "a \\ud800"}\n')
+    with pytest.raises(InputError, match=r"line 2 of .* half a character"):
+        read(path)
+
+
 def test_what_is_no_list_of_captions(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.jsonl' cannot be read .*check the path"):
         read(tmp_path / "gone.jsonl")
@@ -131,5 +138,46 @@ def test_what_is_no_list_of_captions(tmp_path: Path) -> None:
         read(huge)
     picture = tmp_path / "a.jpg"
     picture.write_bytes(bytes(range(256)))
-    with pytest.raises(InputError, match="line 1 of"):
+    with pytest.raises(InputError, match=r"line 2 of .* is not UTF-8"):
         read(picture)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file;caption\na.jpg;a dog, running\n",
+        'File, Caption \na.jpg, "a dog, running"\n',
+        "file\tcaption\na.jpg\ta dog, running\n",
+        'file,caption,,\na.jpg,"a dog, running",,\n,,,\n',
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    assert read(path) == [CaptionedImage("a.jpg", ["a dog, running"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("filename,text\na.jpg,x\n", r"has the columns 'filename', 'text'; name one file"),
+        ("a.jpg,x\nb.jpg,y\n", r"has the columns 'a\.jpg', 'x'; name one file"),
+        ("file,caption,caption\na.jpg,x,y\n", r"has two columns 'caption'"),
+        ("file,caption\na.jpg,a dog, running\n", r"line 2 of .* more cells .*double quotes"),
+        ('file,captions\na.jpg,"[""x"", ""y""]"\n', r"line 2 of .* list of captions in one cell"),
+        ('file,caption\na.jpg,x\nb.jpg,"a dog\nc.jpg,y\n', r"line 3 of .* cannot be read"),
+    ],
+)
+def test_tables_that_would_be_misread(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encodings_are_refused_rather_than_garbled(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("file,caption\na.jpg,un caf\xe9\n".encode(encoding))
+    with pytest.raises(InputError, match=r"line [12] of .* is not UTF-8; .*saved as UTF-8"):
+        read(path)
