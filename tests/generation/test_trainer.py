@@ -99,6 +99,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 # --- learning ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_overfitting_eight_pairs_ranks_them_all_right_and_denoises_winners_better(run, tmp_path):
     everything = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "conv_out", "ff.net.0.proj"]
     run(steps=150, batch_size=8, accumulation=1, rank=8, learning_rate=1e-2, targets=everything, probe_size=8,

@@ -217,6 +217,7 @@ def test_no_pickle_in_the_folder(whole: AlignedEncoder, tmp_path: Path) -> None:
             assert path.suffix == ".txt" or json.loads(text) is not None
 
 
+@pytest.mark.slow
 def test_loaded_by_a_process_that_knows_nothing(make: Make, tmp_path: Path) -> None:
     encoder = make()
     folder = encoder.save(tmp_path / "aligned")

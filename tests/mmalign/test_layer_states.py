@@ -10,7 +10,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import TINY_CLIP, spread_weights
 from torch import Tensor, nn
 
 from mmalign import Encoder, load_encoder
@@ -18,6 +17,7 @@ from mmalign.encoders.open_clip import OpenCLIPEncoder
 from mmalign.encoders.states import TokenStates, check_layer, default_pooling
 from mmalign.encoders.timm import TimmEncoder, tap_trunk, trunk_has_class_token, trunk_layer_count
 from mmalign.errors import InputError
+from tests.conftest import TINY_CLIP, spread_weights
 
 TEXTS = ["a dog", "Two men sitting at a table with a birthday cake, laughing.", "a red bus in the street!"]
 CONFIG: dict[str, Any] = TINY_CLIP
