@@ -22,6 +22,7 @@ Run = Callable[..., Any]
 @pytest.fixture
 def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", None)  # read from the environment once a process
     return command_line
 
 

@@ -206,6 +206,7 @@ def fit_linear_head(
     return LinearHead(image_encoder, text_encoder, weights, dim=y.shape[1])
 
 
+@pytest.mark.slow
 def test_a_fitted_head_indexes_a_folder(
     bundled: Encoder, photos: Path, captions: list[dict[str, Any]], tmp_path: Path
 ) -> None:

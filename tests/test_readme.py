@@ -15,6 +15,7 @@ from retrieval import ImageIndex
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_joining_encoders(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photos: Path, captions: list[dict[str, Any]]
 ) -> None:

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ class TimmEncoder(Encoder):
 
     def image_features(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Pooled features before any classifier, or logits."""
-        return self.model(pixel_values)
+        return self.model(_channels_last(pixel_values))
 
     def layer_count(self, modality: str) -> int:
         """Blocks of a transformer, stages (EfficientNets: their stem before them) of a convolutional network."""
@@ -105,7 +106,7 @@ class TimmEncoder(Encoder):
         self, pixel_values: Float[Tensor, "batch 3 height width"], layers: Sequence[int], *, features: bool
     ) -> tuple[Float[Tensor, "batch dim"] | None, list[TokenStates]]:
         """States of blocks or stages; blocks that nothing is asked of are not run."""
-        return tap_trunk(self.model, pixel_values, layers, features=features)
+        return tap_trunk(self.model, _channels_last(pixel_values), layers, features=features)
 
     def describe(self) -> dict[str, Any]:
         """The architecture by name, for timm's names are stable and some differ in activations alone; options."""
@@ -199,6 +200,11 @@ def models() -> Iterator[tuple[str, str]]:
 
     for name in timm.list_models(pretrained=True):
         yield f"timm:{name}", timm.get_pretrained_cfg(name).hf_hub_id or ""
+
+
+def _channels_last(pixel_values: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    # Depthwise convolutions are twice as fast on a CPU with this layout.
+    return pixel_values.to(memory_format=torch.channels_last)
 
 
 def _is_json(value: Any) -> bool:

@@ -75,7 +75,7 @@ def test_structure_makes_long_training_safe() -> None:
     assert world.hit(structured) >= world.hit(alone) + LIFT
 
 
-@pytest.mark.parametrize("n", [100, 300, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (300, 1000))])
 def test_structure_is_not_worse_at_the_best_step(n: int) -> None:
     world = World.of(n)
     alone, structured = (world.fit(method, "mrr") for method in ("clip", "structure"))
