@@ -1,4 +1,4 @@
-"""Spread of embeddings between classes and within them, as losses: after DAPT, arXiv 2309.03406, section 3.
+"""Spread of embeddings between classes and within them, as losses: after DAPT, arXiv 2309.03406.
 
 "Distribution-Aware Prompt Tuning" tunes text prompts so that class texts spread out (inter-dispersion, a Gaussian
 potential of squared distances) and visual prompts so that images gather at the prototype of their class

@@ -69,7 +69,7 @@ def align_encoders(
         text_encoder: with a text tower.
         method: see `align`.
         options: of the method; see `FitOptions` and its neighbours.
-        layers: "select" takes the pair of layers whose neighbourhoods are most alike (STRUCTURE, section 3.3), "last"
+        layers: "select" takes the pair of layers that are most alike by `layer_score`, "last"
             the last blocks, "output" the encoders' own features, or (image layer, text layer).
         layer_score: what "select" goes by: "cka" by default, or "mutual-knn", as STRUCTURE's authors do; see
             `layer_scores`. Mutual kNN prefers narrow layers of convolutional networks, which hold less (README).
