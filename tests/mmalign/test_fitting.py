@@ -19,7 +19,7 @@ from mmalign.contrastive import clip_loss, siglip_loss, softened_targets
 from mmalign.dispersion import inter_dispersion, intra_dispersion
 from mmalign.errors import InputError, NonFiniteLossError
 from mmalign.metrics import image_text_retrieval
-from mmalign.structure import structure_loss
+from mmalign.structure import structure_loss, structure_objective
 from mmalign.threshold_consistency import tcm_pairs
 
 STILL = {"learning_rate": 1e-12, "weight_decay": 0.0, "dim": 6}  # the heads stay as they are initialised
@@ -145,6 +145,10 @@ def test_first_loss_is_that_of_the_functions(options: dict[str, Any]) -> None:
         sides = ((data.rows, z), (data.texts, z_text))
         both = [structure_loss(*side, temperature=0.3, levels=2, divergence="js") for side in sides]
         wanted["structure"] = 4.0 * (both[0] + both[1]) / 2
+        # The whole that the golden file is about.
+        whole = structure_objective(data.rows, z, data.texts, z_text, step=0, weight=4.0, warmup_steps=0,
+                                    temperature=0.3, levels=2, divergence="js")  # fmt: skip
+        assert fitted.history[0]["loss"] == pytest.approx(float(whole.loss), rel=1e-4)
     if chosen.inter_dispersion:
         wanted["inter_dispersion"] = 2.0 * inter_dispersion(z_text)
     if chosen.intra_dispersion:
