@@ -9,6 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmalign.metrics import cmc_map_self_excluded, compatibility
+from mmalign.partial_backfill import (
+    backfill_order,
+    backfilling_curve,
+    class_mean_distances,
+    class_means,
+    curve_area,
+    mixed_gallery,
+)
 from mmalign.spherical_interpolation import interpolate_queries, pad_columns, padded_procrustes, slerp
 
 FLOAT32 = 1e-5  # where the json states no tolerance for float32 inputs
@@ -49,3 +58,69 @@ def test_procrustes_and_slerp(golden: Any, dtype: str) -> None:
         golden.assert_close("q_slerp", ours, dtype, default, where=np.s_[i, :, :d_old])
         with_eps = slerp(pad_columns(query_old, len(theirs)), query_new @ theirs, alpha, eps=golden.hyper["eps"])
         golden.assert_close("q_slerp", with_eps, dtype, default, where=i)
+
+
+# -- bc_partial_backfill ---------------------------------------------------------------------------
+
+DISTANCE_OF = {"l2": "l2", "cos": "cosine"}
+
+
+@pytest.mark.golden("bc_partial_backfill")
+@DTYPES
+def test_partial_backfill(golden: Any, dtype: str) -> None:
+    default = {"float64": 1e-12, "float32": FLOAT32}[dtype]
+    old, new = (golden[f"gallery_{name}"].astype(dtype) for name in ("forward_old", "backward_new"))
+    labels, betas = golden["labels"], golden["betas"]
+    classes, means = class_means(old, labels)
+    assert classes.tolist() == sorted(set(labels.tolist()))
+    golden.assert_close("class_means", means, dtype, default)
+
+    for name in (name.removeprefix("dist_") for name in golden.names if name.startswith("dist_")):
+        distances = class_mean_distances(old, labels, distance=DISTANCE_OF[name])
+        golden.assert_close(f"dist_{name}", distances, dtype, default)
+        order = backfill_order("class_mean", old, labels=labels, distance=DISTANCE_OF[name])
+        # Neighbours in the order may change places where their distances differ by less than the rounding.
+        expected = golden[f"order_{name}"]
+        stated = golden[f"dist_{name}"]
+        moved = order != expected
+        np.testing.assert_allclose(stated[order[moved]], stated[expected[moved]], rtol=0, atol=10 * default)
+        assert dtype == "float32" or not moved.any()
+
+    sizes = [int((mixed_gallery(np.zeros_like(old), np.ones_like(old), golden["order_random"], beta)[:, 0]).sum())
+             for beta in betas.tolist()]  # fmt: skip
+    np.testing.assert_array_equal(sizes, golden["n_backfilled"])
+    orders = [name.removeprefix("order_") for name in golden.names if name.startswith("order_")]
+    assert orders
+    measures = {
+        "cmc1": lambda gallery: cmc_map_self_excluded(new, gallery, labels, topk=1).cmc[0],
+        "map": lambda gallery: cmc_map_self_excluded(new, gallery, labels, topk=1).map,
+    }
+    for name in orders:
+        for measure, function in measures.items():
+            if f"{measure}_{name}" not in golden:
+                continue
+            curve = backfilling_curve(old, new, golden[f"order_{name}"], function, betas)
+            # Rounding the rows may swap two items of a ranking: one query of all, or a step in one ranking.
+            golden.assert_close(f"{measure}_{name}", curve, dtype, 1e-12 if dtype == "float64" else 2 / len(old))
+            if f"area_{measure}_{name}" in golden:
+                area = curve_area(betas, golden[f"{measure}_{name}"])
+                golden.assert_close(f"area_{measure}_{name}", np.array(area), "float64", 1e-12)
+
+
+# -- bc_compat_matrix ------------------------------------------------------------------------------
+
+
+@pytest.mark.golden("bc_compat_matrix")
+@DTYPES
+def test_compatibility_matrix(golden: Any, dtype: str) -> None:
+    default = {"float64": 1e-12, "float32": FLOAT32}[dtype]
+    cases = [name.removeprefix("matrix") for name in golden.names if name.startswith("matrix")]
+    assert cases
+    for case in cases:
+        # A tie of entries stays one in float32.
+        found = compatibility(golden[f"matrix{case}"].astype(dtype))
+        np.testing.assert_array_equal(found.incompatible, golden[f"incompatible{case}"])
+        golden.assert_close(f"AC{case}", found.average_compatibility, dtype, default)
+        golden.assert_close(f"AC_per_task{case}", found.prefix_compatibility, dtype, default)
+        golden.assert_close(f"AM{case}", found.average_accuracy, dtype, default)
+        golden.assert_close(f"AM_per_task{case}", found.prefix_accuracy, dtype, default)
