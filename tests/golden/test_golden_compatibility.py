@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmalign.lambda_orthogonality import compatibility_objective, lambda_orthogonality
 from mmalign.metrics import cmc_map_self_excluded, compatibility
 from mmalign.partial_backfill import (
     backfill_order,
@@ -124,3 +125,76 @@ def test_compatibility_matrix(golden: Any, dtype: str) -> None:
         golden.assert_close(f"AC_per_task{case}", found.prefix_compatibility, dtype, default)
         golden.assert_close(f"AM{case}", found.average_accuracy, dtype, default)
         golden.assert_close(f"AM_per_task{case}", found.prefix_accuracy, dtype, default)
+
+
+# -- bc_lambda_orth --------------------------------------------------------------------------------
+
+STEP = 1e9  # so sharp a switch that the loss is the norm itself
+
+
+@pytest.mark.golden("bc_lambda_orth")
+@DTYPES
+def test_lambda_orthogonality(golden: Any, dtype: str) -> None:
+    default = {"float64": 1e-9, "float32": 1e-4}[dtype]
+    settings = golden["lambda_alpha"].tolist()
+    names = [name.removeprefix("W_") for name in golden.names if name.startswith("W_")]
+    assert [name for name in names if f"loss_{name}" in golden]
+    for name in names:
+        weight = tensor(golden, f"W_{name}", dtype)
+        if f"fro_{name}" in golden:
+            golden.assert_close(f"fro_{name}", lambda_orthogonality(weight, 0.0, STEP).reshape(1), dtype, default)
+        for gram, matrix in (("WWt", weight), ("WtW", weight.T)):
+            if f"{name}_{gram}" in golden:
+                both = [lambda_orthogonality(matrix, *setting) for setting in ((0.0, STEP), settings[0])]
+                golden.assert_close(f"{name}_{gram}", torch.stack(both), dtype, default)
+        if f"loss_{name}" not in golden:
+            continue
+        for case, (threshold, sharpness) in enumerate(settings):
+            leaf = weight.clone().requires_grad_()
+            loss = lambda_orthogonality(leaf, threshold, sharpness)
+            loss.backward()
+            golden.assert_close(f"loss_{name}", loss, dtype, default, where=case)
+            golden.assert_close(f"grad_{name}_case{case}", leaf.grad, dtype, default)
+
+
+# -- bc_lambda_total -------------------------------------------------------------------------------
+
+
+@pytest.mark.golden("bc_lambda_total")
+@DTYPES
+def test_compatibility_objective(golden: Any, dtype: str) -> None:
+    default = {"float64": 1e-9, "float32": 1e-4}[dtype]
+    hyper = golden.hyper
+    old, new = tensor(golden, "h_old", dtype), tensor(golden, "h_new", dtype)
+    labels = torch.from_numpy(golden["labels"])
+    leaves = {name: tensor(golden, name, dtype).requires_grad_() for name in ("Wb", "bb", "Wf", "bf")}
+    backward_new = torch.nn.functional.linear(new, leaves["Wb"], leaves["bb"])
+    forward_old = torch.nn.functional.linear(old, leaves["Wf"], leaves["bf"])
+    golden.assert_close("B_new", backward_new, dtype, default)
+    golden.assert_close("F_old", forward_old, dtype, default)
+    rows = (old, backward_new, forward_old)
+    options = {
+        "weight": leaves["Wb"],
+        "labels": labels,
+        "threshold": hyper["lam"],
+        "sharpness": hyper["alpha"],
+        "temperature": hyper["tau"],
+        "weights": (hyper["w1"], hyper["w2"], hyper["w3"]),
+    }
+    found, averaged = (compatibility_objective(*rows, **options, reduction=name) for name in ("sum", "mean"))
+    parts = {
+        "L_B": found.backward,
+        "L_F": found.forward,
+        "L_B_elementwise_mean": averaged.backward,
+        "L_F_elementwise_mean": averaged.forward,
+        "L_contr_F_B": found.contrastive_new,
+        "L_contr_F_old": found.contrastive_old,
+        "L_C": found.contrastive,
+        "L_lambda": found.orthogonality,
+        "total": found.total,
+    }
+    for name, value in parts.items():
+        golden.assert_close(name, value, dtype, default)
+    found.total.backward()
+    for name, leaf in leaves.items():
+        golden.assert_close(f"grad_{name}", leaf.grad, dtype, default)
