@@ -57,7 +57,7 @@ def test_procrustes_and_slerp(golden: Any, dtype: str) -> None:
         # The coordinates that meet the stored vectors do not depend on the basis of the rest.
         ours = interpolate_queries(query_old, query_new, rotation, alpha)[:, :d_old]
         golden.assert_close("q_slerp", ours, dtype, default, where=np.s_[i, :, :d_old])
-        with_eps = slerp(pad_columns(query_old, len(theirs)), query_new @ theirs, alpha, eps=golden.hyper["eps"])
+        with_eps = slerp(pad_columns(query_old, theirs.shape[1]), query_new @ theirs, alpha, eps=golden.hyper["eps"])
         golden.assert_close("q_slerp", with_eps, dtype, default, where=i)
 
 
