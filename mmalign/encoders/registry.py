@@ -54,6 +54,7 @@ _BUILT_IN = frozenset({*SOURCES, "bundled"})
 _MODULES = {
     "open_clip": "mmalign.encoders.open_clip",
     "timm": "mmalign.encoders.timm",
+    "compatible": "mmalign.encoders.compatible",
     "transformers": "mmalign.encoders.transformers",
     "sentence": "mmalign.encoders.transformers",
     "class_bridge": "mmalign.conse",
