@@ -18,12 +18,13 @@ from mmalign.errors import InputError, MMAlignError, reason_of
 
 from .aligning import align, eval_captions, eval_zero_shot
 from .data import data_app
+from .fine_tuning import train_oca
 from .generating import generate
 from .indexing import index_app
 from .inspecting import encoders, eval_app, info, verify
 from .options import INTERRUPTED, NO_RESULT, PARTIAL, say
 from .searching import duplicates, search, similar
-from .training import train_app
+from .training import MethodCommand, train_app
 
 __all__ = ["INTERRUPTED", "NO_RESULT", "PARTIAL", "main"]
 
@@ -46,6 +47,7 @@ app.add_typer(
 )
 for _command in (search, similar, duplicates, info, verify, encoders, align, generate):
     app.command()(_command)
+train_app.command("oca", cls=MethodCommand)(train_oca)
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data", help="Look through training data before anything is trained on them.")
 eval_app.command("captions")(eval_captions)

@@ -22,7 +22,7 @@ from .options import PARTIAL, say
 if TYPE_CHECKING:
     from generation.training.trainer import Trainer
 
-__all__ = ["train_app"]
+__all__ = ["MethodCommand", "train_app"]
 
 
 class _MethodGroup(TyperGroup):
@@ -31,7 +31,7 @@ class _MethodGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         from generation.methods import METHODS
 
-        return list(METHODS)
+        return [*METHODS, *(name for name in self.commands if name not in METHODS)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
@@ -41,10 +41,11 @@ class _MethodGroup(TyperGroup):
         return self.commands[cmd_name]
 
 
-class _MethodCommand(TyperCommand):
+class MethodCommand(TyperCommand):
     """Leaves the --no- forms out of the help's columns, which else are too narrow for the names at 80 characters."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As the base class, without them."""
         opposites = [parameter.secondary_opts for parameter in self.params]
         for parameter in self.params:
             parameter.secondary_opts = []
@@ -60,9 +61,9 @@ train_app = typer.Typer(cls=_MethodGroup, no_args_is_help=True, rich_markup_mode
 
 @train_app.callback()
 def _train() -> None:
-    """Fine-tune SDXL or SD 1.5 with preference data. Each method has its own --help.
+    """Fine-tune SDXL or SD 1.5 with preference data, or (oca) an image encoder. Each method has its own --help.
 
-    A run folder holds everything; the same command goes on where an interrupted run stopped, bit for bit.
+    The same command goes on where an interrupted run stopped, bit for bit.
     """
 
 
@@ -72,7 +73,7 @@ def _command(method: str) -> Any:
     kind = METHODS[method].config_class
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     app.command(
-        cls=_MethodCommand,
+        cls=MethodCommand,
         help=f"{kind.summary}\n\nDATA: {kind.data_kinds}\n{_EXPLANATION}",
         epilog=_EPILOG.format(method=method, example=kind.example),
     )(_function(METHODS[method]))
