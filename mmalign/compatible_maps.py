@@ -155,7 +155,8 @@ def fit_compatible_maps(
     The objective is `compatibility_objective` with squared errors summed over dimensions. Rows are normalised inside,
     and the narrower side is zero-padded where the paper truncates the wider one. B starts at the orthogonal Procrustes
     solution and F at a ridge regression onto it; that start takes part in the choice, and is often hard to beat by
-    much. Adam at a constant rate. 5,000 pairs in 512 dimensions take about a minute on a busy CPU core.
+    much. Adam at a constant rate. 5,000 pairs in 512 dimensions take 15 to 60 seconds on one
+    CPU core.
 
     Args:
         old: rows of the old model.
