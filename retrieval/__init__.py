@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .query import Query, Term
     from .repair import diagnose, repair
     from .report import UpdateReport
+    from .upgrading import IndexUpgrade, UpgradeReport
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -38,5 +39,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "query": ["Query", "Term"],
         "repair": ["diagnose", "repair"],
         "report": ["UpdateReport"],
+        "upgrading.report": ["UpgradeReport"],
+        "upgrading.upgrade": ["IndexUpgrade"],
     },
 )

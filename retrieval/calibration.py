@@ -73,13 +73,22 @@ class Calibration:
     image: Float[np.ndarray, " references"]
 
     @classmethod
-    def measure(cls, vectors: Vectors, alive: np.ndarray, text_queries: np.ndarray | None) -> Calibration | None:
-        """Take the levels from an index; `None` for fewer than 8 items, which say nothing about chance."""
+    def measure(
+        cls, vectors: Vectors, alive: np.ndarray, text_queries: np.ndarray | None, *, size: int | None = None
+    ) -> Calibration | None:
+        """Take the levels from an index; `None` for fewer than 8 items, which say nothing about chance.
+
+        Args:
+            vectors: all rows.
+            alive: which of them are in use.
+            text_queries: reference queries, where the encoder takes text.
+            size: of the collection that these rows are a part of; as many as they are by default.
+        """
         rows = background_rows(alive)
         if len(rows) < 8:
             return None
         background = vectors.gather(rows)
-        n = int(alive.sum())
+        n = size or int(alive.sum())
         text = best_by_chance(text_queries, background, n) if text_queries is not None else np.zeros(0, np.float32)
         return cls(text, best_by_chance(background, background, n, leave_one_out=True))
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Bool
 
 from mmalign.errors import InputError
 from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 
 from .items import NO_HASH, SCHEMA, ItemColumns, Items, read_arrow, write_arrow
 from .metadata import concat_metadata, number_rows
+from .part import Part
 from .roots import resolve_roots, store_roots
 from .skipped import read_skipped, write_skipped
 from .storage import Manifest, Writer
-from .vectors import Vectors, checked_rows, write_rows
+from .upgrading.part import UpgradePart
+from .vectors import Vectors, checked_rows
 
 __all__ = ["Draft"]
 
@@ -38,16 +42,11 @@ class Draft:
         self.writer = writer
         self.folder = writer.folder
         self.manifest = manifest
-        self.dim = int(manifest["encoder"]["dim"])
-        self.segments: list[dict[str, Any]] = list(manifest["segments"])
-        self.items = ItemColumns()
+        self.part = Part(writer, manifest)
+        self.upgrade = UpgradePart(writer, manifest["upgrade"]) if manifest.get("upgrade") else None
         writer.require_intact(manifest, [manifest[name] for name in ("items", "metadata", "skipped") if manifest[name]])
-        if manifest["items"]:
-            stored = Items(read_arrow(self.folder / manifest["items"], SCHEMA), [])
-            self.items = ItemColumns.of(stored)
+        self.manifest.setdefault("upgrade", None)
         self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
-        self.pending: list[np.ndarray] = []
-        self.rows = sum(segment["rows"] for segment in self.segments)
         self._checkpoint_seconds = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
         self._changed = False
@@ -75,6 +74,7 @@ class Draft:
             "queries": None,
             "faiss": None,
             "calibration": None,
+            "upgrade": None,
             "next_id": 0,
             "settings": {"decode": asdict(decode), "scan": {}, "metadata": {}},
             "measured": {},
@@ -82,6 +82,33 @@ class Draft:
         draft = cls(writer, manifest, checkpoint_seconds=checkpoint_seconds)
         draft.touch()  # even an index of nothing is to be written: one of many shards may find no files
         return draft
+
+    @cached_property
+    def items(self) -> ItemColumns:
+        """The item table, to be changed."""
+        return ItemColumns.of(self.stored_items()) if self.manifest["items"] else ItemColumns()
+
+    def stored_items(self) -> Items:
+        """The item table as it was at the last checkpoint, mapped; read only."""
+        return Items(read_arrow(self.folder / self.manifest["items"], SCHEMA), self.roots())
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.part.dim
+
+    @property
+    def rows(self) -> int:
+        """Vector rows, those included that no item refers to any more."""
+        return self.part.rows
+
+    def alive(self) -> Bool[np.ndarray, " rows"]:
+        """Which vector rows belong to an item."""
+        if "items" not in self.__dict__ and self.manifest["items"]:
+            return self.stored_items().alive(self.rows)
+        mask = np.zeros(self.rows, bool)
+        mask[self.items.row] = True
+        return mask
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,20 +140,7 @@ class Draft:
 
     def add_rows(self, vectors: np.ndarray) -> int:
         """Queue unit rows; returns the row number of the first."""
-        first = self.rows
-        if len(vectors):
-            self.pending.append(vectors)
-            self.rows += len(vectors)
-            self._changed = True
-        return first
-
-    def stream_rows(self, pieces: Iterable[np.ndarray], rows: int) -> None:
-        """Write many unit rows straight to disk as a segment of their own."""
-        self._flush()
-        if rows:
-            self._add_segment(pieces, rows)
-            self.rows += rows
-            self._changed = True
+        return self.part.add_rows(vectors)
 
     def append_vectors(
         self,
@@ -147,7 +161,7 @@ class Draft:
         first = self.rows
         starts = range(0, len(vectors), 65_536)
         pieces = (checked_rows(vectors[start : start + 65_536], self.dim, first=start) for start in starts)
-        self.stream_rows(pieces, len(vectors))
+        self.part.stream_rows(pieces, len(vectors))
         unread = {"size": 0, "mtime_ns": 0, "sha256": NO_HASH, "width": 0, "height": 0, "format": "", "flags": ""}
         ids = []
         for number in range(len(vectors)):
@@ -186,8 +200,7 @@ class Draft:
 
     def vectors(self) -> Vectors:
         """All rows written so far; queued rows are written first."""
-        self._flush()
-        return Vectors([self.folder / segment["file"] for segment in self.segments], self.dim)
+        return self.part.vectors()
 
     # -- publishing ------------------------------------------------------------------------------------------------
 
@@ -207,65 +220,47 @@ class Draft:
     def checkpoint(self) -> None:
         """Publish: from here on readers see it, and nothing of it can be lost."""
         self.skipped.sort(key=lambda entry: (entry["root"], entry["path"]))
-        if self._changed or self._state() != self._published:
-            self._flush()
+        others = self.part.changed or (self.upgrade is None) != (self.manifest["upgrade"] is None)
+        if self._changed or others or self._state() != self._published:
             table = self.items.to_table()
             self.manifest["items"] = self.writer.add("items", lambda file: write_arrow(table, file))
+            self.manifest["item_count"] = len(self.items)
             self.manifest["skipped"] = self._write_skipped()
+            self._publish()
+        elif self.upgrade is not None and self.upgrade.changed:  # the item table stays as it is
             self._publish()
         self._last_checkpoint = time.monotonic()
 
     def compact(self) -> None:
         """Rewrite the vectors without dead rows, or into one segment, where that pays."""
-        self._flush()
-        alive = np.zeros(self.rows, bool)
-        alive[self.items.row] = True
+        alive = self.alive()
         dead = self.rows - int(alive.sum())
-        if dead <= DEAD_SHARE * self.rows and len(self.segments) <= MAX_SEGMENTS:
+        if dead <= DEAD_SHARE * self.rows and len(self.part.segments) <= MAX_SEGMENTS:
             return
-        vectors = self.vectors()
-        self.writer.require_intact(self.manifest, [segment["file"] for segment in self.segments])
         if dead <= DEAD_SHARE * self.rows:
             alive[:] = True  # joining alone keeps row numbers, and with them the FAISS file
-        rows = int(alive.sum())
-
-        def pieces() -> Iterator[np.ndarray]:
-            for first, piece in vectors.stream():
-                yield piece[alive[first : first + len(piece)]]
-
-        if rows < self.rows:
-            renumbered = np.cumsum(alive) - 1
+        self.part.rewrite(alive, manifest=self.manifest)
+        if not alive.all():
+            renumbered = np.where(alive, np.cumsum(alive) - 1, -1)
             self.items.row = [int(renumbered[row]) for row in self.items.row]
             self.manifest["faiss"] = None
-        self.segments = []
-        self.rows = rows
-        if rows:
-            self._add_segment(pieces(), rows)
-        self._changed = True
-
-    def _flush(self) -> None:
-        if self.pending:
-            rows = sum(len(piece) for piece in self.pending)
-            self._add_segment(self.pending, rows)
-            self.pending = []
-
-    def _add_segment(self, pieces: Iterable[np.ndarray], rows: int) -> None:
-        name = self.writer.add("vectors", lambda file: write_rows(file, pieces, rows, self.dim))
-        self.segments.append({"file": name, "rows": rows})
+            if self.upgrade is not None:
+                self.upgrade.renumber(renumbered)
 
     def _write_skipped(self) -> str | None:
         return self.writer.add("skipped", lambda file: write_skipped(self.skipped, file)) if self.skipped else None
 
     def _publish(self) -> None:
         manifest = self.manifest
-        manifest["segments"] = self.segments
-        manifest["rows"] = self.rows
-        manifest["item_count"] = len(self.items)
-        names = [segment["file"] for segment in self.segments]
+        names = self.part.record()
         names += [manifest[part] for part in ("items", "metadata", "skipped") if manifest[part]]
-        names += [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
-        self.manifest = self.writer.publish(manifest, names)
-        self._changed = False
+        if self.upgrade is not None:
+            names += self.upgrade.record()
+        manifest["upgrade"] = None if self.upgrade is None else self.upgrade.about
+        self.manifest = self.part.about = self.writer.publish(manifest, names)
+        self._changed = self.part.changed = False
+        if self.upgrade is not None:
+            self.upgrade.changed = False
         self._published = self._state()
 
     def _state(self) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from mmalign.metrics.chance import chance_hit
 from mmalign.pairs import read_captioned
 
 from .index import ImageIndex
-from .items import Items
+from .items import positions_of_files
 
 __all__ = ["evaluate_captions", "read_captions"]
 
@@ -54,7 +53,8 @@ def evaluate_captions(
     Returns:
         `text_to_image` and `image_to_text` (see `mmalign.metrics.evaluate`, with 95 % intervals), `mean_recall`,
         `chance` (hit@k of text queries in a random order), `through_index` (hit@k of text queries against the whole
-        index as searched), `images`, `captions`, `unmatched` (files that the index does not hold); and what was
+        index as searched, by both encoders while one is being replaced; all else is by the old one), `images`,
+        `captions`, `unmatched` (files that the index does not hold); and what was
         measured: `index` (its folder), `encoder` (`spec` and `fingerprint`), `seed`.
 
     Raises:
@@ -65,14 +65,13 @@ def evaluate_captions(
     at_least("bootstrap", None if bootstrap == "auto" else bootstrap, 0)
     at_least("seed", seed, 0)
     snapshot, encoder = index.snapshot, index.encoder
-    position_of = _positions(snapshot.items)
+    positions = positions_of_files(snapshot.items, [file for file, _ in pairs])
     owners: list[int] = []
     captions: list[str] = []
     rows: list[int] = []
     place_of_row: dict[int, int] = {}
     unmatched = []
-    for file, texts in pairs:
-        position = position_of.get(os.fsencode(file), position_of.get(os.fsencode(Path(file).name)))
+    for position, (file, texts) in zip(positions, pairs, strict=True):
         if position is None:
             unmatched.append(file)
             continue
@@ -87,7 +86,7 @@ def evaluate_captions(
     images = snapshot.vectors.gather(np.array(rows))
     queries = encoder.encode_texts(captions, batch_size=batch_size, progress=progress)
     both = image_text_retrieval(images, queries, np.array(owners), ks=ks, bootstrap=bootstrap, seed=seed)
-    _, found = snapshot.search_vectors(queries, max(ks))
+    found = snapshot.find(index.text_queries(captions, queries), max(ks)).rows
     wanted = np.array(rows)[owners][:, None]
     return {
         **both,
@@ -101,13 +100,3 @@ def evaluate_captions(
         "encoder": {"spec": encoder.spec, "fingerprint": encoder.fingerprint},
         "seed": seed,
     }
-
-
-def _positions(items: Items) -> dict[bytes, int]:
-    """Line of every path, and of every bare name that occurs once."""
-    paths = {items.raw_name(position): position for position in range(len(items))}
-    names: dict[bytes, int] = {}
-    for path, position in paths.items():
-        name = path.rpartition(b"/")[2]
-        names[name] = -1 if name in names else position
-    return {**{name: position for name, position in names.items() if position >= 0}, **paths}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError
@@ -18,9 +19,10 @@ from .draft import Draft
 from .faiss_index import Plan, choose_plan
 from .index_types import check_factory, is_registered
 from .options import FaissOptions
+from .part import Part
 from .vectors import Vectors, checked_rows, write_rows
 
-__all__ = ["AS_IT_WAS", "check_type", "finish", "needs_queries", "write_queries"]
+__all__ = ["AS_IT_WAS", "check_type", "derive", "finish", "needs_queries", "reference_queries", "write_queries"]
 
 # Rows past the FAISS index are scanned exactly: 2,000 cost 0.2 ms a query. Beyond this share they are merged in.
 MERGE_SHARE = 0.05
@@ -47,19 +49,19 @@ def check_type(draft: Draft, options: FaissOptions = AS_IT_WAS) -> None:
         )
 
 
-def needs_queries(draft: Draft) -> bool:
+def needs_queries(part: Part, rows: int) -> bool:
     """Whether the encoder, which takes text, should embed the built-in phrases: for the first time, or more of them."""
-    about = draft.manifest["queries"]
-    if "text" not in draft.manifest["encoder"]["modalities"]:
+    about = part.about["queries"]
+    if "text" not in part.about["encoder"]["modalities"]:
         return False
-    return about is None or (about["built_in"] and about["count"] < len(query_bank(draft.rows)))
+    return about is None or (about["built_in"] and about["count"] < len(query_bank(rows)))
 
 
-def write_queries(draft: Draft, queries: np.ndarray, *, built_in: bool) -> None:
+def write_queries(part: Part, queries: np.ndarray, *, built_in: bool) -> None:
     """Keep unit rows of reference text queries, for tuning and calibration."""
-    name = draft.writer.add("queries", lambda file: write_rows(file, [queries], len(queries), draft.dim))
-    draft.manifest["queries"] = {"file": name, "built_in": built_in, "count": len(queries)}
-    draft.touch()
+    name = part.writer.add("queries", lambda file: write_rows(file, [queries], len(queries), part.dim))
+    part.about["queries"] = {"file": name, "built_in": built_in, "count": len(queries)}
+    part.changed = True
 
 
 def finish(
@@ -85,22 +87,50 @@ def finish(
     check_type(draft, options)
     retune = _settle(draft, options)
     draft.compact()
-    vectors = draft.vectors()
-    if len(vectors):
-        text_queries = options.text_queries
-        if text_queries is None and encoder is not None and needs_queries(draft):
+    part, text_queries = draft.part, options.text_queries
+    if draft.rows:
+        if text_queries is None and encoder is not None and needs_queries(part, draft.rows):
             text_queries = encoder().encode_texts(query_bank(draft.rows))
         if text_queries is not None:
             built_in = text_queries is not options.text_queries
-            write_queries(draft, checked_rows(text_queries, draft.dim), built_in=built_in)
+            write_queries(part, checked_rows(text_queries, draft.dim), built_in=built_in)
         rebuild = force or retune or options.text_queries is not None
-        if rebuild or text_queries is not None or _is_stale(draft):
-            _build_faiss(draft, vectors, rebuild, progress)
-            _calibrate(draft, vectors)
-    elif draft.manifest["faiss"] or draft.manifest["calibration"]:
-        draft.manifest["faiss"] = draft.manifest["calibration"] = None
-        draft.touch()
+        derive(
+            draft, part, draft.alive(), force=rebuild or text_queries is not None, rebuild=rebuild, progress=progress
+        )
+    elif part.about["faiss"] or part.about["calibration"]:
+        part.about["faiss"] = part.about["calibration"] = None
+        part.changed = True
     draft.checkpoint()
+
+
+def derive(
+    draft: Draft,
+    part: Part,
+    alive: Bool[np.ndarray, " rows"],
+    *,
+    force: bool = False,
+    rebuild: bool = False,
+    progress: bool = False,
+) -> None:
+    """Bring FAISS and calibration of a partition with rows up to date with its vectors and reference queries.
+
+    Args:
+        draft: says how FAISS is to be made.
+        part: one of its partitions.
+        alive: which of its rows belong to an item.
+        force: do it even if nothing asks for it; an index that can grow is grown.
+        rebuild: make the FAISS index from nothing.
+        progress: show a bar.
+    """
+    if not (force or _is_stale(draft, part)):
+        return
+    vectors = part.vectors()
+    _build_faiss(draft, part, vectors, rebuild, progress)
+    size = None if part is draft.part else int(draft.alive().sum())
+    calibration = Calibration.measure(vectors, alive, reference_queries(part), size=size)
+    part.about["calibration"] = calibration.to_dict() if calibration else None
+    part.changed = True
 
 
 def _settle(draft: Draft, options: FaissOptions) -> bool:
@@ -118,30 +148,31 @@ def _settle(draft: Draft, options: FaissOptions) -> bool:
     return bool(settings.get("recall", DEFAULT_RECALL) != before)
 
 
-def _is_stale(draft: Draft) -> bool:
+def _is_stale(draft: Draft, part: Part) -> bool:
     """Whether there is no FAISS index, or one of too few rows or of another type than is wanted."""
-    current = draft.manifest["faiss"]
+    current = part.about["faiss"]
     if current is None:
         return True
-    grown = draft.rows - current["rows"] > MERGE_SHARE * draft.rows
-    return grown or not _same_type(_plan(draft), current)
+    grown = part.rows - current["rows"] > MERGE_SHARE * part.rows
+    return grown or not _same_type(_plan(draft, part), current)
 
 
-def _plan(draft: Draft) -> Plan:
+def _plan(draft: Draft, part: Part) -> Plan:
     """What was asked for; the choice by size if that was in an earlier run and does not fit the rows there are now."""
     settings = draft.settings
     factory, memory_bytes = settings.get("factory"), settings.get("memory_bytes")
     try:
-        return choose_plan(draft.rows, draft.dim, factory=factory, memory_bytes=memory_bytes)
+        return choose_plan(part.rows, part.dim, factory=factory, memory_bytes=memory_bytes)
     except InputError:
-        if not _forgiven(draft):
+        if not _forgiven(draft, part):
             raise
-        return choose_plan(draft.rows, draft.dim, memory_bytes=memory_bytes)
+        return choose_plan(part.rows, part.dim, memory_bytes=memory_bytes)
 
 
-def _forgiven(draft: Draft) -> bool:
+def _forgiven(draft: Draft, part: Part) -> bool:
+    """Whether a type that does not fit may give way: it was asked for in an earlier run, or for the other partition."""
     factory = draft.settings.get("factory")
-    return factory is not None and factory == draft.first_settings.get("factory")
+    return factory is not None and (part is not draft.part or factory == draft.first_settings.get("factory"))
 
 
 def _same_type(plan: Plan, current: dict[str, Any]) -> bool:
@@ -152,13 +183,13 @@ def _same_type(plan: Plan, current: dict[str, Any]) -> bool:
     return bool(wanted == present)
 
 
-def _build_faiss(draft: Draft, vectors: Vectors, rebuild: bool, progress: bool) -> None:
+def _build_faiss(draft: Draft, part: Part, vectors: Vectors, rebuild: bool, progress: bool) -> None:
     rows = len(vectors)
-    plan, current = _plan(draft), draft.manifest["faiss"]
+    plan, current = _plan(draft, part), part.about["faiss"]
     trained_on = rows
     if current and not rebuild and _same_type(plan, current) and rows <= 2 * current["trained_on"]:
         trained_on = current["trained_on"]
-        traits = choose_plan(rows, draft.dim, factory=current["factory"]).traits
+        traits = choose_plan(rows, part.dim, factory=current["factory"]).traits
         plan = Plan(current["factory"], current["by_size"], replace(traits, parameters=current["parameters"]))
         draft.writer.require_intact(draft.manifest, [current["file"]])
         index = faiss_index.grow(draft.folder / current["file"], vectors, current["rows"], rows)
@@ -166,17 +197,17 @@ def _build_faiss(draft: Draft, vectors: Vectors, rebuild: bool, progress: bool) 
         try:
             index = faiss_index.build(vectors, rows, plan, progress=progress)
         except InputError:
-            if plan.by_size or not _forgiven(draft):
+            if plan.by_size or not _forgiven(draft, part):
                 raise
-            plan = choose_plan(rows, draft.dim, memory_bytes=draft.settings.get("memory_bytes"))
+            plan = choose_plan(rows, part.dim, memory_bytes=draft.settings.get("memory_bytes"))
             index = faiss_index.build(vectors, rows, plan, progress=progress)
-    queries = _reference_queries(draft)
+    queries = reference_queries(part)
     kind = "text" if queries is not None else "image"
     if queries is None:
         queries = noisy_rows(vectors)
     recall = draft.settings.get("recall", DEFAULT_RECALL)
     tuning = faiss_index.tune(index, vectors, rows, queries, plan, kind=kind, recall=recall)
-    draft.manifest["faiss"] = {
+    part.about["faiss"] = {
         "file": draft.writer.add("faiss", lambda file: faiss_index.write(index, file)),
         "factory": plan.factory,
         "by_size": plan.by_size,
@@ -185,21 +216,13 @@ def _build_faiss(draft: Draft, vectors: Vectors, rebuild: bool, progress: bool) 
         "parameters": tuning.parameters,
         "candidates": tuning.candidates,
     }
-    draft.manifest["measured"] = tuning.to_dict()
-    draft.touch()
+    part.about["measured"] = tuning.to_dict()
 
 
-def _calibrate(draft: Draft, vectors: Vectors) -> None:
-    alive = np.zeros(len(vectors), bool)
-    alive[draft.items.row] = True
-    calibration = Calibration.measure(vectors, alive, _reference_queries(draft))
-    draft.manifest["calibration"] = calibration.to_dict() if calibration else None
-    draft.touch()
-
-
-def _reference_queries(draft: Draft) -> np.ndarray | None:
-    about = draft.manifest["queries"]
-    return np.load(draft.folder / about["file"], allow_pickle=False) if about else None
+def reference_queries(part: Part) -> np.ndarray | None:
+    """Unit rows of the text queries that tune and calibrate a partition; `None` where its encoder takes no text."""
+    about = part.about["queries"]
+    return np.load(part.writer.folder / about["file"], allow_pickle=False) if about else None
 
 
 def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:

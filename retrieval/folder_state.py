@@ -17,7 +17,10 @@ from .items import NO_HASH, display_path
 from .report import UpdateReport
 from .scan import FoundFile, ScanResult
 
-__all__ = ["FolderState", "Loaded"]
+__all__ = ["MAPPED", "FolderState", "Loaded"]
+
+# Among an item's flags: its vector was brought over from an old encoder, the file itself was never read by this one.
+MAPPED = "mapped"
 
 # Reasons that lie in the content: such a file is tried again only when its size or time has changed.
 _LASTING_REASONS = frozenset({"empty", "not_an_image", "truncated", "corrupt", "too_large"})
@@ -47,7 +50,12 @@ class FolderState:
             for place, (path, owner) in enumerate(zip(items.raw_name, items.root, strict=True))
             if owner == root
         }
-        self.row_of_hash: dict[bytes, int] = dict(zip(items.sha256, items.row, strict=True))
+        mapped = [MAPPED in flags.split(",") for flags in items.flags]
+        self.mapped = {place for place, one in enumerate(mapped) if one}
+        # A content whose vector was only mapped is to be encoded where a file has it.
+        self.row_of_hash: dict[bytes, int] = {
+            digest: row for digest, row, one in zip(items.sha256, items.row, mapped, strict=True) if not one
+        }
         self.place_of_hash: dict[bytes, int] = {digest: place for place, digest in enumerate(items.sha256)}
         self.known_before = len(self.known)
         present = {file.path for file in found.files} | found.closed_files
@@ -61,7 +69,9 @@ class FolderState:
         for path, place in self.missing.items():
             self.missing_by_hash.setdefault(items.sha256[place], []).append(path)
         # Vectors imported without files carry no hash: the file now found under that name is taken to be theirs.
-        self.imported = {path for path, place in self.known.items() if items.sha256[place] == NO_HASH}
+        self.imported = {
+            path for path, place in self.known.items() if items.sha256[place] == NO_HASH and place not in self.mapped
+        }
         # What is known of contents whose item has been given other content in this run.
         self.about_of_hash: dict[bytes, tuple[int, int, str, str]] = {}
         self.dropped: set[int] = set()
@@ -76,7 +86,8 @@ class FolderState:
         todo, kept = [], []
         for file in self.found.files:
             place = self.known.get(file.path)
-            if place is not None and (items.size[place], items.mtime_ns[place]) == (file.size, file.mtime_ns):
+            as_known = place is not None and (items.size[place], items.mtime_ns[place]) == (file.size, file.mtime_ns)
+            if as_known and place not in self.mapped:
                 self.report.unchanged += 1
                 continue
             entry = before.get(file.path)
@@ -135,6 +146,11 @@ class FolderState:
         if place is not None and items.sha256[place] in (digest, NO_HASH):  # touched or adopted, not changed
             items.size[place], items.mtime_ns[place] = content.size, content.mtime_ns
             items.sha256[place] = digest
+            if place in self.mapped:
+                items.row[place] = self.row_of_hash[digest]
+                flags = [flag for flag in items.flags[place].split(",") if flag != MAPPED]
+                items.flags[place] = ",".join(flags)
+                self.mapped.discard(place)
             self.report.unchanged += 1
             return
         like = self.place_of_hash.get(digest)

@@ -25,6 +25,8 @@ class Hit:
         item: the image file.
         aliases: further files with the same content.
         metadata: the user's columns.
+        by_new: found by the vector of a new encoder, while the index's encoder is being replaced. Scores of such hits
+            and of the others are no common scale then; matches are, and hits are in their right order.
     """
 
     rank: int
@@ -33,6 +35,7 @@ class Hit:
     item: Item
     aliases: tuple[Path, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    by_new: bool = False
 
     @property
     def path(self) -> Path:
@@ -56,6 +59,7 @@ class Hit:
             "sha256": self.item.sha256,
             "aliases": [os.fspath(path) for path in self.aliases],
             "metadata": _json_safe(self.metadata),
+            "by_new": self.by_new,
         }
 
 

@@ -25,7 +25,8 @@ from .faiss_module import import_faiss
 from .hits import Hit
 from .items import Item, Items, display_path, iterate
 from .options import FaissOptions, UpdateOptions, checked_options
-from .query import Query, Term, as_terms, as_vector, embed_query
+from .query import Query, Term, as_terms, as_vector, embed_query, kind_of
+from .query_rows import QueryRows
 from .recorded_encoder import check_encoder, given_encoder, load_recorded, recorded_dtype
 from .report import UpdateReport
 from .snapshot import Snapshot
@@ -59,14 +60,19 @@ class ImageIndex:
         self.snapshot = Snapshot(self.store)
         self._device = device
         self._encoder: Encoder | None = None
+        self._new_encoder: Encoder | None = None
         about = self.manifest["encoder"]
         recorded = recorded_dtype(about, dtype, self.folder)
         if encoder is not None:
+            new = self.manifest["upgrade"]["encoder"] if self.manifest.get("upgrade") else None
             if not isinstance(encoder, Encoder):
-                if os.fspath(encoder) == about["spec"]:
+                if os.fspath(encoder) in (about["spec"], new and new["spec"]):
                     return  # as if nothing were given: loaded when needed
                 dtype = recorded
             found = given_encoder(encoder, device, dtype)
+            if new and found.fingerprint == new["fingerprint"]:
+                self._new_encoder = found
+                return
             check_encoder(about, found, self.folder)
             self._encoder = found
 
@@ -86,7 +92,8 @@ class ImageIndex:
         Args:
             folder: the index, or a folder that holds one as `.mmalign`.
             encoder: use this one (a spec, the folder of a saved encoder, or an encoder) instead of the recorded spec,
-                for example where an encoder's folder has moved; must have the same fingerprint.
+                for example where an encoder's folder has moved; must have the same fingerprint. While the encoder is
+                being replaced it may be either of the two.
             device: where to run the encoder.
             dtype: only what the index was made with, which is the default.
 
@@ -254,12 +261,33 @@ class ImageIndex:
     def encoder(self) -> Encoder:
         """What embeds queries; loaded when first needed, and checked against the fingerprint of the index.
 
+        While it is being replaced this is the old one, of `vectors`; see `new_encoder`.
+
         Raises:
             EncoderMismatchError: the recorded spec gives other vectors today than when the index was made.
         """
         return self._encoder_of(self.manifest["encoder"])
 
+    @property
+    def new_encoder(self) -> Encoder | None:
+        """What is replacing `encoder` (`retrieval.IndexUpgrade`); `None` where nothing is.
+
+        Raises:
+            EncoderMismatchError: the recorded spec gives other vectors today than when the upgrade was begun.
+        """
+        upgrade = self.manifest.get("upgrade")
+        if not upgrade:
+            return None
+        about = upgrade["encoder"]
+        if self._new_encoder is None or self._new_encoder.fingerprint != about["fingerprint"]:
+            found = load_recorded(about, self._device)
+            check_encoder(about, found, self.folder)
+            self._new_encoder = found
+        return self._new_encoder
+
     def _encoder_of(self, about: dict[str, Any]) -> Encoder:
+        if self._new_encoder is not None and self._new_encoder.fingerprint == about["fingerprint"]:
+            self._encoder = self._new_encoder  # an upgrade has ended since
         encoder = self._encoder
         if encoder is None:
             encoder = load_recorded(about, self._device)
@@ -315,7 +343,8 @@ class ImageIndex:
 
         Args:
             query: a string (words), a path or picture, a `Term` with weight and sign, a list of these, or a vector
-                [dim] of the same space. In a list, strings are words and paths are images. Images are decoded as
+                [dim] of the same space (while the encoder is being replaced, of the old one). In a list, strings are
+                words and paths are images. Images are decoded as
                 those of the index were.
             k: at most this many hits.
             where: keep only items for which this holds, SQL or `key=value`; see `retrieval.filters.kept_ids`.
@@ -337,12 +366,30 @@ class ImageIndex:
         if vector is None:
             if kind is not None:
                 raise InputError("kind says what a vector stands for; words and images need no kind, leave it out")
-            encoder = self._encoder_of(snapshot.manifest["encoder"])
-            vector, meant = embed_query(encoder, as_terms(query), snapshot.decode)
+            rows = self._embedded(snapshot, as_terms(query))
         else:
             meant = kind or "image"
             one_of("kind", meant, ("text", "image"))
-        return snapshot.search(vector, meant, k, where=where, min_match=min_match, min_score=min_score, exact=exact)
+            rows = QueryRows(meant, vector[None])
+        return snapshot.search(rows, k, where=where, min_match=min_match, min_score=min_score, exact=exact)
+
+    def _embedded(self, snapshot: Snapshot, terms: Sequence[Term]) -> QueryRows:
+        """A query by the encoders that are needed."""
+        kind = kind_of(terms)
+        needs_old, needs_new = snapshot.upgrade.needs(kind) if snapshot.upgrade else (True, False)
+        old = self._encoder_of(snapshot.manifest["encoder"]) if needs_old else None
+        new = self.new_encoder if needs_new else None
+        both = [None if one is None else embed_query(one, terms, snapshot.decode)[None] for one in (old, new)]
+        return QueryRows(kind, *both)
+
+    def text_queries(self, texts: Sequence[str], old: Float[np.ndarray, "q dim"] | None = None) -> QueryRows:
+        """Many texts as queries, by the encoders that are needed; `old` where the index's own has embedded them."""
+        upgrade = self.snapshot.upgrade
+        needs_old, needs_new = upgrade.needs("text") if upgrade else (True, False)
+        if needs_old and old is None:
+            old = self.encoder.encode_texts(texts)
+        new = self.new_encoder if needs_new else None
+        return QueryRows("text", old, None if new is None else new.encode_texts(texts))
 
     def similar(
         self,
@@ -365,15 +412,13 @@ class ImageIndex:
         row = None
         if position is not None:
             row = snapshot.items.value("row", position)
-            vector = snapshot.vectors.gather(np.array([row]))[0]
+            stored = snapshot.vectors.gather(np.array([row]))
+            query = QueryRows("image", stored, snapshot.upgrade.stored(row) if snapshot.upgrade else None)
         elif isinstance(image, Integral):
             raise InputError(f"the index has no item with id {image}; `search` results carry ids")
         else:
-            encoder = self._encoder_of(snapshot.manifest["encoder"])
-            vector, _ = embed_query(encoder, [Term(image, kind="image")], snapshot.decode)
-        hits = snapshot.search(
-            vector, "image", k + 1, where=where, min_match=min_match, min_score=min_score, exact=exact
-        )
+            query = self._embedded(snapshot, [Term(image, kind="image")])
+        hits = snapshot.search(query, k + 1, where=where, min_match=min_match, min_score=min_score, exact=exact)
         others = [hit for hit in hits if hit.item.row != row][:k]
         return [replace(hit, rank=rank) for rank, hit in enumerate(others, 1)]
 

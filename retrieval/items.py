@@ -15,7 +15,18 @@ from jaxtyping import Bool, Int
 
 from mmalign.errors import IndexDamagedError
 
-__all__ = ["NO_HASH", "SCHEMA", "Item", "ItemColumns", "Items", "display_path", "read_arrow", "write_arrow"]
+__all__ = [
+    "NO_HASH",
+    "SCHEMA",
+    "Item",
+    "ItemColumns",
+    "Items",
+    "display_path",
+    "iterate",
+    "positions_of_files",
+    "read_arrow",
+    "write_arrow",
+]
 
 # Stands for the content hash of items whose file was never read (imported vectors).
 NO_HASH = bytes(32)
@@ -193,6 +204,22 @@ class ItemColumns:
             self.format, self.flags,
         ]  # fmt: skip
         return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+def positions_of_files(items: Items, files: Sequence[str]) -> list[int | None]:
+    """Line of each file in the item table, by its path below the indexed folder or by a bare name that occurs once."""
+    places = _positions(items)
+    return [places.get(os.fsencode(file), places.get(os.fsencode(Path(file).name))) for file in files]
+
+
+def _positions(items: Items) -> dict[bytes, int]:
+    """Line of every path, and of every bare name that occurs once."""
+    paths = {items.raw_name(position): position for position in range(len(items))}
+    names: dict[bytes, int] = {}
+    for path, position in paths.items():
+        name = path.rpartition(b"/")[2]
+        names[name] = -1 if name in names else position
+    return {**{name: position for name, position in names.items() if position >= 0}, **paths}
 
 
 def write_arrow(table: pa.Table, file: IO[bytes]) -> None:

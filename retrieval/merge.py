@@ -75,9 +75,9 @@ def _take_queries(draft: Draft, parts: Sequence[Snapshot]) -> None:
     with_queries = [part for part in parts if part.manifest["queries"]]
     if with_queries:
         best = max(with_queries, key=lambda part: part.manifest["queries"]["count"])
-        queries = best.reference_queries()
+        queries = best.partition.reference_queries()
         assert queries is not None
-        write_queries(draft, queries, built_in=best.manifest["queries"]["built_in"])
+        write_queries(draft.part, queries, built_in=best.manifest["queries"]["built_in"])
 
 
 def _append(draft: Draft, part: Snapshot, roots: list[Path]) -> pa.Table | None:

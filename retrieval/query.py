@@ -28,6 +28,7 @@ __all__ = [
     "embed_query",
     "find_image",
     "has_image_suffix",
+    "kind_of",
     "names_image",
     "parse_term",
 ]
@@ -126,16 +127,13 @@ def as_terms(query: Query) -> list[Term]:
 
 def embed_query(
     encoder: Encoder, terms: Sequence[Term], decode: DecodeSettings = DEFAULT_DECODING
-) -> tuple[Float[np.ndarray, " dim"], str]:
-    """The unit vector of the weighted sum of unit vectors, and which background to compare it with.
+) -> Float[np.ndarray, " dim"]:
+    """The unit vector of the weighted sum of unit vectors.
 
     Args:
         encoder: embeds the terms.
         terms: at least one.
         decode: how images become pixels; that of the index which is asked.
-
-    Returns:
-        The vector, and "text" if any term with a positive weight is text, else "image".
 
     Raises:
         InputError: the encoder lacks a modality, or the terms cancel out.
@@ -151,9 +149,13 @@ def embed_query(
     norm = float(np.linalg.norm(total))
     if norm < 1e-6:
         raise InputError("the terms of the query cancel out; change a weight")
+    return (total / norm).astype(np.float32)
+
+
+def kind_of(terms: Sequence[Term]) -> str:
+    """Which background a query is compared with: "text" if any term with a positive weight is text, else "image"."""
     positive = [term for term in terms if term.weight > 0]
-    kind = "text" if any(term.kind == "text" for term in positive or terms) else "image"
-    return (total / norm).astype(np.float32), kind
+    return "text" if any(term.kind == "text" for term in positive or terms) else "image"
 
 
 def as_vector(query: Query, dim: int) -> Float[np.ndarray, " dim"] | None:

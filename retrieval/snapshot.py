@@ -17,16 +17,16 @@ from mmalign.checks import at_least, in_range
 from mmalign.errors import IndexDamagedError, InputError
 from mmalign.imaging import DecodeSettings
 
-from . import faiss_index
-from .calibration import Calibration
 from .filters import kept_ids
 from .hits import Hit
 from .items import SCHEMA, Items, display_path, read_arrow
+from .partition import Partition
+from .query_rows import Found, QueryRows
 from .remedies import index_commands
 from .roots import names_of, resolve_roots
-from .row_search import search_rows
 from .skipped import read_skipped
-from .storage import Manifest, Store, verify_command
+from .storage import Manifest, Store
+from .upgrading.live import LiveUpgrade
 from .vectors import Vectors
 
 __all__ = ["Snapshot"]
@@ -49,17 +49,28 @@ class Snapshot:
     def _open(self, manifest: Manifest) -> None:
         folder = self.store.folder
         self.manifest: Manifest = manifest
-        self.dim = int(manifest["encoder"]["dim"])
         self.roots = resolve_roots(manifest["roots"], folder)
-        self.vectors = Vectors([folder / segment["file"] for segment in manifest["segments"]], self.dim)
+        self.partition = Partition(self.store, manifest, manifest)
         table = read_arrow(folder / manifest["items"], SCHEMA) if manifest["items"] else None
-        if table is None or len(self.vectors) != manifest["rows"] or table.num_rows != manifest["item_count"]:
+        if table is None or table.num_rows != manifest["item_count"]:
             raise IndexDamagedError(
-                f"index {str(folder)!r}: vectors, items and manifest do not agree in number; index the folder again"
+                f"index {str(folder)!r}: items and manifest do not agree in number; index the folder again"
             )
         self.items = Items(table, self.roots)
         self.metadata: pa.Table | None = read_arrow(folder / manifest["metadata"]) if manifest["metadata"] else None
-        self.calibration = Calibration.from_dict(manifest["calibration"])
+        upgrade = manifest.get("upgrade")
+        running = upgrade is not None and upgrade["stage"] == "running"
+        self.upgrade = LiveUpgrade(self.store, manifest, self.partition, self.alive) if running else None
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.partition.dim
+
+    @property
+    def vectors(self) -> Vectors:
+        """All rows; while the encoder is being replaced, those of the old one."""
+        return self.partition.vectors
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
@@ -67,34 +78,9 @@ class Snapshot:
         return self.items.alive(len(self.vectors))
 
     @cached_property
-    def faiss(self) -> Any:
-        """The FAISS index over the first `manifest["faiss"]["rows"]` rows, mapped; `None` if there is none.
-
-        Nor is there one if it was not opened before two newer generations were published: it is gone then, and the
-        vectors, which are held, must do.
-        """
-        about = self.manifest["faiss"]
-        if about is None:
-            return None
-        if not (self.store.folder / about["file"]).exists() and self.store.is_superseded(self.manifest):
-            return None
-        index = faiss_index.read(self.store.folder / about["file"], about["parameters"])
-        if index.ntotal != about["rows"] or index.d != self.dim:
-            raise IndexDamagedError(
-                f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "
-                f"{self.dim}; {verify_command(self.store.folder, repair=True)} rebuilds it"
-            )
-        return index
-
-    @cached_property
     def alive_count(self) -> int:
         """How many rows these are."""
         return int(np.count_nonzero(self.alive))
-
-    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
-        """Unit rows of the text queries that tune and calibrate the index; `None` where its encoder takes no text."""
-        about = self.manifest["queries"]
-        return np.load(self.store.folder / about["file"], allow_pickle=False) if about else None
 
     @property
     def decode(self) -> DecodeSettings:
@@ -115,8 +101,7 @@ class Snapshot:
 
     def search(
         self,
-        vector: Float[np.ndarray, " dim"],
-        kind: str,
+        query: QueryRows,
         k: int,
         *,
         where: str | Sequence[str] | None = None,
@@ -124,16 +109,25 @@ class Snapshot:
         min_score: float | None = None,
         exact: bool = False,
     ) -> list[Hit]:
-        """See `ImageIndex.search`; `kind` says what the vector stands for, "text" or "image"."""
+        """See `ImageIndex.search`; for one query."""
         at_least("k", k)
         in_range("min_match", min_match, 0, 1)
         in_range("min_score", min_score, -1, 1)
         passing = self.passing(where) if where is not None else None
         mask = self.rows_of(passing) if passing is not None else None
         # Padding for results that cannot be is not worth the memory of a k typed with too many zeros.
-        depth = min(k, max(1, self.alive_count))
-        scores, rows = self.search_vectors(vector[None], depth, mask=mask, exact=exact)
-        return self._hits(scores[0], rows[0], kind, min_match=min_match, min_score=min_score, passing=passing)
+        found = self.find(query, min(k, max(1, self.alive_count)), mask=mask, exact=exact)
+        return self._hits(found, query.kind, min_match=min_match, min_score=min_score, passing=passing)
+
+    def find(
+        self, query: QueryRows, k: int, *, mask: Bool[np.ndarray, " rows"] | None = None, exact: bool = False
+    ) -> Found:
+        """The k best rows for each of some queries, by both partitions where the encoder is being replaced."""
+        if self.upgrade is not None and query.new is not None:
+            return self.upgrade.find(query, k, mask=mask, exact=exact)
+        assert query.old is not None
+        scores, rows = self.search_vectors(query.old, k, mask=mask, exact=exact)
+        return Found(scores, rows, self._match(scores, query.kind))
 
     def search_vectors(
         self,
@@ -145,23 +139,11 @@ class Snapshot:
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """See `ImageIndex.search_vectors`."""
         at_least("k", k)
-        queries = np.asarray(queries)
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
-        queries = np.ascontiguousarray(queries, np.float32)
-        norms = np.einsum("qd,qd->q", queries, queries)
-        if not np.all(np.abs(norms - 1) < 1e-2):
-            bad = int(np.argmax(~(np.abs(norms - 1) < 1e-2)))
-            raise InputError(f"query {bad} has length {norms[bad] ** 0.5:g}; normalise queries to length 1")
-        return search_rows(
-            self.vectors,
-            queries,
-            k,
-            allowed=self.alive if mask is None else self.alive & mask,
-            kept=self.alive_count if mask is None else None,
-            about=None if exact else self.manifest["faiss"],
-            index=lambda: self.faiss,
-        )
+        allowed, kept = (self.alive, self.alive_count) if mask is None else (self.alive & mask, None)
+        return self.partition.search(self.partition.check_queries(queries), k, allowed, kept=kept, exact=exact)
+
+    def _match(self, scores: np.ndarray, kind: str) -> np.ndarray | None:
+        return self.partition.calibration.match(scores, kind) if self.partition.calibration else None
 
     def passing(self, where: str | Sequence[str]) -> Bool[np.ndarray, " items"]:
         """Items for which the filter holds; see `retrieval.filters.kept_ids`."""
@@ -175,8 +157,7 @@ class Snapshot:
 
     def _hits(
         self,
-        scores: Float[np.ndarray, " k"],
-        rows: Int[np.ndarray, " k"],
+        found: Found,
         kind: str,
         *,
         min_match: float | None = None,
@@ -184,29 +165,40 @@ class Snapshot:
         passing: Bool[np.ndarray, " items"] | None = None,
     ) -> list[Hit]:
         """Results of one query as hits; `passing` says which of several files with equal content may stand for them."""
-        known = self.calibration.match(scores, kind) if self.calibration else None
-        if known is None and min_match is not None:
+        if found.matches is None and min_match is not None:
             raise InputError(
                 f"this index has no match scores for {kind} queries yet: it has fewer than 8 images, its first build "
                 f"was interrupted (run {index_commands(self.manifest, self.store.folder)}), or its encoder takes no "
                 "text; leave out --min-match (min_match=...)"
             )
-        matches = [None] * len(scores) if known is None else known
         hits: list[Hit] = []
-        for score, row, match in zip(scores, rows, matches, strict=True):
+        for place, row in enumerate(found.rows[0]):
             if row < 0:
                 break
+            score = float(found.scores[0, place])
+            level = None if found.matches is None or np.isnan(found.matches[0, place]) else found.matches[0, place]
+            # Not the end: the scores of two partitions are no common scale.
             if min_score is not None and score < min_score:
-                break
-            if min_match is not None and match is not None and match < min_match:
-                break
+                continue
+            if min_match is not None and level is not None and level < min_match:
+                continue
             positions = self.items.positions_of_row(int(row))
             if passing is not None:
                 positions = [position for position in positions if passing[position]]
             item = self.items.item(positions[0])
             aliases = tuple(self.items.item(position).path for position in positions[1:])
-            level = None if match is None else float(match)
-            hits.append(Hit(len(hits) + 1, float(score), level, item, aliases, self._metadata_of(item.id)))
+            by_new = found.by_new is not None and bool(found.by_new[0, place])
+            hits.append(
+                Hit(
+                    len(hits) + 1,
+                    score,
+                    None if level is None else float(level),
+                    item,
+                    aliases,
+                    self._metadata_of(item.id),
+                    by_new,
+                )
+            )
         return hits
 
     def _metadata_of(self, number: int) -> dict[str, Any]:
@@ -245,16 +237,5 @@ class Snapshot:
         rows = self.items.numbers("row")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self.vectors)):
             yield self.manifest["items"], "names vector rows that do not exist"
-        starts = self.vectors.starts
-        for first, piece in self.vectors.chunks():
-            norms = np.linalg.norm(piece, axis=1)
-            bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-            if len(bad):
-                segment = int(np.searchsorted(starts, first, side="right")) - 1
-                name = self.manifest["segments"][segment]["file"]
-                yield name, f"has {len(bad)} vectors that are not of unit length (first: row {first + bad[0]})"
-                break
-        try:
-            _ = self.faiss
-        except IndexDamagedError as error:
-            yield self.manifest["faiss"]["file"], f"does not fit: {error}"
+        for partition in (self.partition, *([self.upgrade.partition] if self.upgrade else [])):
+            yield from partition.inconsistencies()

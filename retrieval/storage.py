@@ -11,6 +11,12 @@
       skipped-000007-0.jsonl    files that could not be read, with the reason
       LOCK, writer.json         held while somebody writes
 
+While its encoder is being replaced, further vectors-*, queries-* and faiss-* of the new encoder, and
+      rows-000009-0.npy         row numbers: what a new row stands for, and what is to be embedded next
+      bridge-000009-0.safetensors   maps from the new encoder's space to the old one's, and the support set
+      left_out-000009-0.jsonl   images that could not be embedded again, with the reason
+      archive-000012/           (after it, if wanted) the index as it was: an index folder of its own
+
 A file is written under its final name by exactly one generation and never changed. A new generation names old and new
 files; readers see it when CURRENT has been replaced, and a writer that dies leaves CURRENT as it was.
 """
@@ -24,6 +30,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +51,7 @@ __all__ = [
     "DEFAULT_FOLDER",
     "FORMAT_VERSION",
     "KINDS",
+    "UPGRADE_KINDS",
     "Manifest",
     "Store",
     "Writer",
@@ -63,10 +71,13 @@ KINDS = (
     ("faiss", "index"),
     ("skipped", "jsonl"),
 )
+# Further ones while its encoder is being replaced, see `retrieval.upgrading`.
+UPGRADE_KINDS = (("rows", "npy"), ("bridge", "safetensors"), ("left_out", "jsonl"))
+_SUFFIXES = dict(KINDS + UPGRADE_KINDS)
 # Exactly our own file names: an index folder may be one in which somebody keeps other things.
 _OURS = re.compile(
     r"(?:\.tmp-)?(?:manifest-(?P<manifest>\d{6})\.json|(?:"
-    + "|".join(rf"{kind}-(?P<{kind}>\d{{6}})-\d+\.{suffix}" for kind, suffix in KINDS)
+    + "|".join(rf"{kind}-(?P<{kind}>\d{{6}})-\d+\.{suffix}" for kind, suffix in _SUFFIXES.items())
     + r"))|(?:\.tmp-)?CURRENT|LOCK|writer\.json"
 )
 
@@ -211,8 +222,12 @@ class Store:
             raise InputError(f"{str(self.folder)!r} holds an index already; choose another folder, or update that one")
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Writer]:
+    def write(self, *, wait: bool = False, brief: bool = False) -> Iterator[Writer]:
         """Hold the writer's lock; after an error, what belongs to no generation is cleared.
+
+        Args:
+            wait: for another writer to end, however long that takes.
+            brief: others may wait for this one, which is about to publish and will be done soon.
 
         Raises:
             IndexLockedError: another process holds it.
@@ -231,7 +246,7 @@ class Store:
                     f"{str(self.folder)!r} is no index and holds other files ({foreign!r}); choose a new folder {_OUT}"
                 )
             lock = filelock.FileLock(self.folder / "LOCK", timeout=0)
-            lock.acquire()
+            self._acquire(lock, wait)
         except filelock.Timeout:
             raise IndexLockedError(
                 f"index {str(self.folder)!r} is being written by {self._writer()}; wait for it to end"
@@ -243,7 +258,7 @@ class Store:
                 f"cannot write to {str(self.folder)!r} ({reason_of(error)}); choose another place {_OUT}"
             ) from None
         try:
-            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T"), "brief": brief}
             with full_disk_is_explained(self.folder):
                 (self.folder / "writer.json").write_text(json.dumps(about), encoding="utf-8")
             writer = Writer(self)
@@ -260,14 +275,37 @@ class Store:
                     self.folder.rmdir()
             lock.release()
 
-    def _writer(self) -> str:
+    def _acquire(self, lock: filelock.BaseFileLock, wait: bool) -> None:
+        """Take the lock; writers that are brief are waited for."""
+        first = time.monotonic()
+        while True:
+            try:
+                lock.acquire()
+                return
+            except filelock.Timeout:
+                about = self._about_writer()
+                # One that has said nothing yet has only just begun.
+                limit = 1.0 if not about else _BRIEF_SECONDS if about.get("brief") else 0.0
+                if not wait and time.monotonic() - first >= limit:
+                    raise
+            time.sleep(0.05)
+
+    def _about_writer(self) -> dict[str, Any]:
         try:
-            about = json.loads((self.folder / "writer.json").read_text(encoding="utf-8"))
+            about: dict[str, Any] = json.loads((self.folder / "writer.json").read_text(encoding="utf-8"))
+            return about if isinstance(about, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _writer(self) -> str:
+        about = self._about_writer()
+        try:
             return f"process {about['pid']} on {about['host']} since {about['since']}"
-        except (OSError, ValueError, KeyError):
+        except KeyError:
             return "another process"
 
 
+_BRIEF_SECONDS = 300.0  # for a writer that builds a large FAISS index before it publishes
 _OUT = "with --out (out=...)"
 _OLDER = (
     "an older manifest-*.json, if there is one, can be named in CURRENT; otherwise delete the index and make it again"
@@ -288,11 +326,11 @@ class Writer:
         self._clear(kept)
 
     def add(self, kind: str, fill: Callable[[IO[bytes]], object]) -> str:
-        """Write one file of a kind (see `KINDS`) and return its name.
+        """Write one file of a kind (see `KINDS`, `UPGRADE_KINDS`) and return its name.
 
         `fill` gets a binary file; what it wrote is hashed and synced.
         """
-        name = f"{kind}-{self.generation:06d}-{self._count}.{dict(KINDS)[kind]}"
+        name = f"{kind}-{self.generation:06d}-{self._count}.{_SUFFIXES[kind]}"
         self._count += 1
         temporary = self.folder / f".tmp-{name}"
         with full_disk_is_explained(self.folder):
@@ -307,6 +345,29 @@ class Writer:
             finally:
                 temporary.unlink(missing_ok=True)
         return name
+
+    def adopt(self, path: Path, about: dict[str, Any]) -> None:
+        """Take in a file of another index under its own name, linked where the file system can.
+
+        Args:
+            path: the file.
+            about: `size` and `sha256`, as the other manifest has them.
+        """
+        target = self.folder / path.name
+        with full_disk_is_explained(self.folder):
+            if not target.exists():
+                try:
+                    os.link(path, target)
+                except OSError:
+                    temporary = self.folder / f".tmp-{path.name}"
+                    try:
+                        shutil.copyfile(path, temporary)
+                        with temporary.open("rb+") as file:
+                            os.fsync(file.fileno())
+                        temporary.replace(target)
+                    finally:
+                        temporary.unlink(missing_ok=True)
+        self.written[path.name] = about
 
     def publish(self, manifest: Manifest, names: list[str]) -> Manifest:
         """Make a generation of the named files, old or new, the one in force; returns its manifest."""

@@ -206,7 +206,7 @@ def bench_search(arguments: argparse.Namespace) -> None:
             index = ImageIndex.from_vectors(vectors, Path(temporary) / "index", text_queries=tuning[:200])
             built = time.perf_counter() - start
             index.search_vectors(text[:1], 10)
-            bare_index = index.snapshot.faiss
+            bare_index = index.snapshot.partition.faiss
             faiss.omp_set_num_threads(1)
             bare, ours, whole = [], [], []
             for query in text:  # alternating, so that a noisy neighbour disturbs all alike

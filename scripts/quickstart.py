@@ -23,7 +23,7 @@ def main() -> None:
     for entry in report.skipped[:5]:
         print(f"  skipped ({entry['reason']}): {entry['message']}")
     queries = SAMPLE_QUERIES if folder == SAMPLES else QUERIES
-    surely = 0.95 if index.snapshot.calibration else None
+    surely = 0.95 if index.snapshot.partition.calibration else None
     # Fewer and surer: what hardly stands out is left out, and a query without an answer says so.
     results = [(query, index.search(query, 4, min_match=surely)) for query in queries]
     for query, hits in results:

@@ -127,7 +127,7 @@ def test_a_new_index_type(tmp_path: Path) -> None:
     index = ImageIndex.open(tmp_path / "index")
     about = index.info()["faiss"]
     assert about["factory"] == "careful_graph"
-    assert isinstance(faiss.downcast_index(index.snapshot.faiss), faiss.IndexHNSW)
+    assert isinstance(faiss.downcast_index(index.snapshot.partition.faiss), faiss.IndexHNSW)
     assert about["parameters"]["efSearch"] >= 16
     queries = vectors[:50] + 0.3 * rng.standard_normal((50, 32), np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)

@@ -48,17 +48,17 @@ def test_built_tuned_saved_reopened_and_grown(tmp_path: Path, registry: dict[str
     for wanted in (0.5, 0.98):
         index = ImageIndex.from_vectors(vectors[:2000], tmp_path / str(wanted), factory="halves", recall=wanted)
         about = index.manifest["faiss"]
-        assert (about["factory"], index.snapshot.faiss.nlist) == ("halves", 100)
+        assert (about["factory"], index.snapshot.partition.faiss.nlist) == ("halves", 100)
         assert index.manifest["measured"]["recall@10"] >= wanted
         probes[wanted] = about["parameters"]["nprobe"]
         assert 1 <= probes[wanted] <= 40
     assert probes[0.5] < probes[0.98]
     index.add_vectors(vectors[2000:])
-    assert index.snapshot.faiss.nlist == 100, "grown, not trained anew"
+    assert index.snapshot.partition.faiss.nlist == 100, "grown, not trained anew"
     assert index.manifest["faiss"]["rows"] == 2200
     registry.clear()
     reopened = ImageIndex.open(index.folder)
-    assert reopened.snapshot.faiss.nprobe == index.manifest["faiss"]["parameters"]["nprobe"]
+    assert reopened.snapshot.partition.faiss.nprobe == index.manifest["faiss"]["parameters"]["nprobe"]
     assert recall(reopened, vectors, clustered(100, DIM, seed=4)) > 0.9
 
 

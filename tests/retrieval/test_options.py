@@ -235,7 +235,7 @@ def test_more_phrases_once_the_index_is_large(folder: Path, tmp_path: Path, monk
     own = clustered(30, DIM, seed=8)
     index.rebuild(text_queries=own)
     index.update()
-    np.testing.assert_array_equal(index.snapshot.reference_queries(), own)
+    np.testing.assert_array_equal(index.snapshot.partition.reference_queries(), own)
 
 
 # -- queries are read as the index was ---------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_the_choice_for_small_indexes_loses_nothing_to_half_precision(tmp_path: 
     index = ImageIndex.from_vectors(vectors, tmp_path / "idx")
     assert index.manifest["faiss"]["factory"] == "SQfp16"
     order = np.argsort(-(vectors @ centre))[:10]
-    assert (index.snapshot.faiss.search(centre[None], 10)[1][0] != order).any(), "else this tests nothing"
+    assert (index.snapshot.partition.faiss.search(centre[None], 10)[1][0] != order).any(), "else this tests nothing"
     scores, found = index.search_vectors(centre[None], 10)
     np.testing.assert_array_equal(found[0], order)
     np.testing.assert_allclose(scores[0], (vectors @ centre)[order], atol=1e-7)

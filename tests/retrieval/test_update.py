@@ -718,7 +718,7 @@ def test_new_rows_are_found_before_they_are_in_faiss_and_merged_later(tmp_path: 
     index.add_vectors(rows[1050:1060])  # 60 of 1060 rows
     assert index.manifest["faiss"]["rows"] == 1060
     assert index.manifest["faiss"]["file"] != first
-    assert index.snapshot.faiss.ntotal == 1060
+    assert index.snapshot.partition.faiss.ntotal == 1060
     assert index.search_vectors(rows[1055:1056], 1)[1][0, 0] == 1055
     assert index.verify() == []
 

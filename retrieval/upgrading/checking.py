@@ -1,0 +1,73 @@
+"""Whether searches of a running upgrade are as good as they were before it, asked whenever it has grown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..draft import Draft
+from ..finishing import derive, needs_queries, write_queries
+from ..partition import Partition
+from .bridge import SupportQueries
+from .embedding import RowOfItem
+from .live import MODES, LiveUpgrade
+from .measuring import choose_mode
+from .part import UpgradePart
+
+__all__ = ["check_modes", "measure_modes", "prepare"]
+
+
+def prepare(draft: Draft, part: UpgradePart, *, progress: bool = False) -> None:
+    """Bring what is derived from the new vectors up to date, and choose the modes; before every publication."""
+    if part.rows:
+        derive(draft, part, part.alive(draft.alive()), progress=progress)
+    if part.about["stage"] == "running":
+        check_modes(draft, part)
+
+
+def write_reference_queries(draft: Draft, part: UpgradePart, encode: Any) -> None:
+    """Have the new encoder embed the built-in phrases, if it takes text and has not done so."""
+    from ..calibration import query_bank
+
+    if needs_queries(part, draft.rows):
+        write_queries(part, encode(query_bank(draft.rows)), built_in=True)
+
+
+def check_modes(draft: Draft, part: UpgradePart) -> None:
+    """Measure every mode on the support set in the index as it is about to be, and put the best that lose nothing."""
+    part.record()  # what is measured has to be on disk
+    store, manifest = draft.writer.store, {**draft.manifest, "upgrade": part.about}
+    alive = draft.alive()
+    live = LiveUpgrade(store, manifest, Partition(store, draft.manifest, draft.manifest), alive)
+    row_of = RowOfItem(draft.stored_items())
+    for kind, queries in live.bridge.support.items():
+        figures = measure_modes(live, kind, queries, row_of)
+        if figures:
+            part.about["modes"][kind] = choose_mode(figures)
+            part.about["checked"][kind] = {mode: list(found) for mode, found in figures.items()}
+            part.changed = True
+
+
+def measure_modes(
+    live: LiveUpgrade, kind: str, queries: SupportQueries, row_of: RowOfItem
+) -> Mapping[str, tuple[float, float]]:
+    """hit@1 and hit@10 of each mode that is possible; nothing where no right answer is in the index any more."""
+    rows = np.array([-1 if (row := row_of(int(number))) is None else row for number in queries.items])
+    there = rows >= 0
+    if not there.any():
+        return {}
+    one = live.bridge.kinds.get(kind)
+    kept = SupportQueries(None if queries.old is None else queries.old[there], queries.new[there], queries.items[there])
+    figures = {}
+    for mode in MODES:
+        if mode == "old" and kept.old is None:
+            continue
+        if mode == "bridged" and (one is None or (one.needs_old and kept.old is None)):
+            continue
+        if mode == "merged" and (one is None or one.bridged is None or one.renewed is None or not live.alive.any()):
+            continue
+        found = live.find(kept.rows(kind), 10, mode=mode).rows == rows[there][:, None]
+        figures[mode] = (float(found[:, 0].mean()), float(found.any(axis=1).mean()))
+    return figures

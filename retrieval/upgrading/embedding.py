@@ -1,0 +1,246 @@
+"""Images of an index through the new encoder: in order, checked against their recorded content, kept as it goes on.
+
+Images are read and encoded without any lock; it is taken for a moment whenever what is ready is published, and others
+write in between. What is ready is therefore known by item and content, and looked up again under the lock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from mmalign.encoders import Encoder
+from mmalign.encoders.stream import encode_stream
+from mmalign.errors import EncoderMismatchError, InputError, UnreadableImageError
+from mmalign.imaging import DecodeSettings, read_file
+from mmalign.progress import progress_bar
+
+from ..draft import CHECKPOINT_SECONDS, Draft
+from ..items import NO_HASH, Item, Items
+from ..snapshot import Snapshot
+from ..storage import Store
+from .part import UpgradePart
+
+__all__ = ["Progress", "RowOfItem", "changing", "embed_rows", "opened_upgrade"]
+
+
+@dataclass
+class Progress:
+    """What a run has done.
+
+    Attributes:
+        embedded: images through the model.
+        seconds: that reading, decoding and encoding took.
+        failed: entries of `UpgradePart.left_out`, by item id, of this run.
+    """
+
+    embedded: int
+    seconds: float
+    failed: dict[int, dict[str, Any]]
+
+    @property
+    def images_per_second(self) -> float:
+        """0 where nothing was embedded."""
+        return self.embedded / self.seconds if self.embedded else 0.0
+
+
+@dataclass(frozen=True)
+class _Ready:
+    item: Item
+    failure: dict[str, Any] | None = None
+
+
+def embed_rows(
+    store: Store,
+    encoder: Encoder,
+    rows: Int[np.ndarray, " n"],
+    *,
+    publish: Callable[[Draft, UpgradePart], None] | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    progress: bool = False,
+    title: str = "embedding",
+) -> Progress:
+    """Embed old rows that have no new vector yet, in the order given. Ctrl-C loses nothing that is encoded.
+
+    Args:
+        store: of the index.
+        encoder: the new one.
+        rows: as the index numbers them now.
+        publish: called under the lock before each publication.
+        batch_size: images a forward pass.
+        workers: decoding threads.
+        checkpoint_seconds: between publications, at least; longer where publishing takes more than a twentieth of it.
+        progress: show a bar.
+        title: of the bar.
+
+    Raises:
+        InputError: the upgrade was rolled back, finished or replaced meanwhile.
+    """
+    snapshot = Snapshot(store)
+    done = Progress(0, 0.0, {})
+    ready: list[tuple[_Ready, np.ndarray | None]] = []
+    spent_publishing = 0.0
+    begun = last = time.perf_counter()
+
+    def settle() -> None:
+        nonlocal spent_publishing, last, checkpoint_seconds
+        started = time.perf_counter()
+        with changing(store, encoder, brief=True) as draft:
+            assert draft.upgrade is not None
+            _enter(draft, draft.upgrade, ready)
+            if publish is not None:
+                publish(draft, draft.upgrade)
+            draft.checkpoint()
+        ready.clear()
+        last = time.perf_counter()
+        spent_publishing += last - started
+        checkpoint_seconds = max(checkpoint_seconds, 20 * (last - started))
+
+    load = _loader(encoder, snapshot.decode)
+    stream = encode_stream(
+        encoder, (_items_of(snapshot, row) for row in rows), load, batch_size=batch_size, workers=workers
+    )
+    with progress_bar(title, len(rows), enabled=progress, left_out=0) as advance:
+        try:
+            for batch in stream:
+                for outcome in batch.outcomes:
+                    what = outcome.payload or _Ready(outcome.source[0], _failure(outcome.source[0], outcome.error))
+                    vector = None if outcome.vector is None else batch.vectors[outcome.vector]
+                    if vector is not None and not (np.isfinite(vector).all() and np.abs(vector).max() > 0):
+                        vector = None
+                        what = _Ready(what.item, _entry(what.item, "no_vector", "the encoder gives no finite vector"))
+                    ready.append((what, vector))
+                    if what.failure is not None:
+                        done.failed[what.item.id] = what.failure
+                done.embedded += len(batch.vectors)
+                advance(len(batch.outcomes), left_out=len(done.failed))
+                if time.perf_counter() - last >= checkpoint_seconds:
+                    settle()
+        finally:
+            # Of a stop in the middle of publishing nothing is lost either: it is entered again, or was entered whole.
+            done.seconds = time.perf_counter() - begun - spent_publishing
+            if ready:
+                settle()
+    return done
+
+
+@contextmanager
+def changing(store: Store, encoder: Encoder | None, *, brief: bool = False) -> Iterator[Draft]:
+    """Hold the lock of an index that is being upgraded (to an encoder, if one is given); a draft of it.
+
+    Raises:
+        InputError, EncoderMismatchError: as `opened_upgrade`.
+    """
+    with store.write(wait=True, brief=brief) as writer:
+        draft = Draft(writer, store.read_manifest())
+        opened_upgrade(draft.manifest["upgrade"], encoder)
+        yield draft
+
+
+def opened_upgrade(about: dict[str, Any] | None, encoder: Encoder | None) -> dict[str, Any]:
+    """The manifest's entry `upgrade`, of that encoder.
+
+    Raises:
+        InputError: there is none.
+        EncoderMismatchError: it is of another encoder.
+    """
+    if not about:
+        raise InputError("no upgrade of this index is under way; begin one with `mmalign upgrade INDEX --to ENCODER`")
+    if encoder is not None and encoder.fingerprint != about["encoder"]["fingerprint"]:
+        raise EncoderMismatchError(
+            f"this index is being upgraded to {about['encoder']['spec']!r} (fingerprint "
+            f"{about['encoder']['fingerprint'][:12]}), not to {encoder.spec!r} ({encoder.fingerprint[:12]}); finish "
+            "that, or end it with `mmalign upgrade INDEX --roll-back`"
+        )
+    return about
+
+
+def _items_of(snapshot: Snapshot, row: int) -> list[Item]:
+    return [snapshot.items.item(position) for position in snapshot.items.positions_of_row(int(row))]
+
+
+def _loader(encoder: Encoder, decode: DecodeSettings) -> Callable[[list[Item]], tuple[_Ready, Tensor | None]]:
+    def load(items: list[Item]) -> tuple[_Ready, Tensor | None]:
+        failure: dict[str, Any] | None = None
+        for item in items:  # several files of one content: the first that still holds it
+            try:
+                content = _original(item)
+                return _Ready(item), encoder.load_image(content, decode)[1]
+            except UnreadableImageError as error:
+                failure = failure or _failure(item, error)
+        return _Ready(items[0], failure), None
+
+    return load
+
+
+def _original(item: Item) -> Any:
+    if not item.path.is_absolute():
+        raise UnreadableImageError("no_original", "the index was made from vectors, nobody said where the image is")
+    content = read_file(os.fspath(item.path))
+    if item.sha256 not in (content.sha256, NO_HASH.hex()):
+        raise UnreadableImageError(
+            "changed", "the file has other content than was indexed; `mmalign index` brings the index up to date"
+        )
+    return content
+
+
+def _failure(item: Item, error: UnreadableImageError | None) -> dict[str, Any]:
+    assert error is not None
+    return _entry(item, error.reason, str(error))
+
+
+def _entry(item: Item, reason: str, message: str) -> dict[str, Any]:
+    return {"id": item.id, "path": os.fspath(item.path), "reason": reason, "message": message}
+
+
+def _enter(draft: Draft, part: UpgradePart, ready: Iterable[tuple[_Ready, np.ndarray | None]]) -> None:
+    """New vectors for the rows that the items have now; what was removed or changed meanwhile is left."""
+    known = draft.stored_items()
+    row_of = RowOfItem(known)
+    moved = part.moved(draft.rows)
+    rows: list[int] = []
+    vectors: list[np.ndarray] = []
+    left_out = {entry["id"]: entry for entry in part.left_out}
+    for what, vector in ready:
+        row = row_of(what.item.id, what.item.sha256)
+        if row is None or moved[row]:
+            continue
+        if what.failure is not None:
+            left_out[what.item.id] = what.failure
+            continue
+        assert vector is not None
+        moved[row] = True
+        rows.append(row)
+        vectors.append(vector)
+    if rows:
+        part.take(rows, np.stack(vectors))
+    part.set_left_out([e for e in left_out.values() if (row := row_of(e["id"])) is not None and not moved[row]])
+
+
+class RowOfItem:
+    """Vector rows by item id."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+        self._order = np.argsort(items.numbers("id"), kind="stable")
+        self._ids = items.numbers("id")[self._order]
+
+    def __call__(self, number: int, sha256: str | None = None) -> int | None:
+        """Row of an item; `None` if there is no such item, or it has another content than the hash says."""
+        at = int(np.searchsorted(self._ids, number))
+        if at == len(self._ids) or self._ids[at] != number:
+            return None
+        place = int(self._order[at])
+        if sha256 is not None and self.items.value("sha256", place).hex() != sha256:
+            return None
+        return int(self.items.numbers("row")[place])

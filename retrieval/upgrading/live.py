@@ -1,0 +1,194 @@
+"""Searches while the encoder of an index is being replaced: old and new vectors beside each other.
+
+The old partition stays whole. What a kind of query ("text", "image") does is its mode, chosen by measurement whenever
+the new partition has grown:
+
+    old       the old encoder's query on the old vectors, as if there were no upgrade
+    bridged   the new encoder's query, brought to the old space, on the old vectors
+    merged    bridged on the old vectors of what has not been embedded again, the new encoder's query on the new
+              vectors of the rest, both rankings sorted by calibrated scores (`mmalign.score_calibration`)
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ..calibration import Calibration, background_rows, best_by_chance
+from ..faiss_index import selector_of
+from ..partition import Partition
+from ..query_rows import Found, QueryRows
+from ..storage import Manifest, Store
+from .bridge import Bridge, KindBridge
+from .part import read_numbers
+
+__all__ = ["MODES", "LiveUpgrade", "bridged_levels"]
+
+MODES = ("old", "bridged", "merged")
+
+
+class LiveUpgrade:
+    """The second partition of an opened index, and how both answer together.
+
+    Attributes:
+        about: the manifest's entry `upgrade`.
+        partition: of the new encoder.
+        places: old row of each new row, -1 where that is gone.
+        bridge: see `retrieval.upgrading.bridge`.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, own: Partition, alive: Bool[np.ndarray, " old_rows"]) -> None:
+        self.about = manifest["upgrade"]
+        self.own, self.own_alive = own, alive
+        self.partition = Partition(store, manifest, self.about)
+        self.places = read_numbers(store.folder, self.about["places"])
+        self.alive = (self.places >= 0) & alive[self.places]
+        self.bridge = Bridge.read(store.folder, self.about["bridge"])
+
+    @cached_property
+    def new_row(self) -> Int[np.ndarray, " old_rows"]:
+        """New row of each old row; -1 for those that have none yet."""
+        rows = np.full(len(self.own), -1, np.int64)
+        rows[self.places[self.alive]] = np.flatnonzero(self.alive)
+        return rows
+
+    @cached_property
+    def remaining(self) -> Bool[np.ndarray, " old_rows"]:
+        """Which old rows are in use and have no new vector."""
+        mask: np.ndarray = self.own_alive & (self.new_row < 0)
+        return mask
+
+    @cached_property
+    def _remaining_count(self) -> int:
+        return int(np.count_nonzero(self.remaining))
+
+    @cached_property
+    def _alive_count(self) -> int:
+        return int(np.count_nonzero(self.alive))
+
+    @cached_property
+    def _selector(self) -> Int[np.ndarray, " bytes"]:
+        return selector_of(self.remaining)
+
+    def mode(self, kind: str) -> str:
+        """How queries of a kind are answered now; "old" for a kind that was not measured."""
+        return str(self.about["modes"].get(kind, "old"))
+
+    def needs(self, kind: str) -> tuple[bool, bool]:
+        """Whether the old and whether the new encoder have to embed queries of a kind."""
+        mode = self.mode(kind)
+        if mode == "old":
+            return True, False
+        return self.bridge.kinds[kind].needs_old, True
+
+    def stored(self, row: int) -> Float[np.ndarray, "1 new_dim"] | None:
+        """The new vector of an old row; `None` if it has none yet."""
+        place = self.new_row[row : row + 1]
+        return self.partition.vectors.gather(place) if place[0] >= 0 else None
+
+    def find(
+        self,
+        query: QueryRows,
+        k: int,
+        *,
+        mask: Bool[np.ndarray, " old_rows"] | None = None,
+        exact: bool = False,
+        mode: str | None = None,
+    ) -> Found:
+        """The k best old rows for each query.
+
+        Args:
+            query: by both encoders, as far as `needs` asks for them.
+            k: results a query.
+            mask: which old rows may be returned.
+            exact: scan all vectors instead of asking FAISS.
+            mode: another one than is in force, to try it.
+        """
+        mode = mode or self.mode(query.kind)
+        one = self.bridge.kinds.get(query.kind) or KindBridge("old", 0.0)
+        if mode == "old":
+            one = KindBridge("old", 0.0)
+        own = one.queries(query.old, query.new, self.own.dim)
+        if mode != "merged":
+            allowed = self.own_alive if mask is None else self.own_alive & mask
+            scores, rows = self.own.search(own, k, allowed, exact=exact)
+            return Found(scores, rows, self._old_match(one, scores, query.kind))
+        assert query.new is not None
+        assert one.bridged is not None
+        assert one.renewed is not None
+        old_scores, old_rows = self.own.search(
+            own,
+            k,
+            self.remaining if mask is None else self.remaining & mask,
+            kept=self._remaining_count if mask is None else None,
+            selector=self._selector if mask is None else None,
+            exact=exact,
+        )
+        new_scores, new_rows = self.partition.search(
+            query.new,
+            k,
+            self.alive if mask is None else self.alive & mask[self.places],
+            kept=self._alive_count if mask is None else None,
+            exact=exact,
+        )
+        common = np.concatenate(
+            [one.bridged.log_likelihood_ratio(old_scores), one.renewed.log_likelihood_ratio(new_scores)], axis=1
+        )
+        rows = np.concatenate([old_rows, np.where(new_rows >= 0, self.places[new_rows], -1)], axis=1)
+        by_new = np.zeros(rows.shape, bool)
+        by_new[:, old_rows.shape[1] :] = True
+        scores = np.concatenate([old_scores, new_scores], axis=1)
+        matches = self._matches(one, old_scores, new_scores, query.kind)
+        order = np.lexsort((rows, -common), axis=1)[:, :k]
+        picked = [np.take_along_axis(values, order, axis=1) for values in (scores, rows, by_new)]
+        return Found(
+            picked[0], picked[1], None if matches is None else np.take_along_axis(matches, order, axis=1), picked[2]
+        )
+
+    def _matches(
+        self, one: KindBridge, old_scores: np.ndarray, new_scores: np.ndarray, kind: str
+    ) -> Float[np.ndarray, "q k2"] | None:
+        """NaN where only the other partition knows its chance levels."""
+        calibration = self.partition.calibration
+        new = calibration.match(new_scores, kind) if calibration else None
+        old = self._old_match(one, old_scores, kind)
+        if old is None and new is None:
+            return None
+        unknown = np.full(old_scores.shape, np.nan)
+        return np.concatenate([unknown if old is None else old, unknown if new is None else new], axis=1)
+
+    def _old_match(self, one: KindBridge, scores: np.ndarray, kind: str) -> np.ndarray | None:
+        if one.how == "old" or one.alpha == 0:
+            return self.own.calibration.match(scores, kind) if self.own.calibration else None
+        return Calibration(one.levels, one.levels).match(scores, kind)
+
+
+def bridged_levels(
+    store: Store, manifest: Manifest, about: dict[str, Any], alive: Bool[np.ndarray, " old_rows"]
+) -> dict[str, Any]:
+    """The kinds of a manifest's entry `bridge`, with what chance gives bridged queries on the old vectors.
+
+    Reference phrases by both encoders where both take text; for images, the sample, which both have seen.
+    """
+    own = Partition(store, manifest, manifest)
+    live = LiveUpgrade(store, {**manifest, "upgrade": about}, own, alive)
+    size = int(np.count_nonzero(alive))
+    kinds = {kind: dict(entry) for kind, entry in about["bridge"]["kinds"].items()}
+    for kind, one in live.bridge.kinds.items():
+        if kind == "text":
+            old, new = own.reference_queries(), live.partition.reference_queries()
+            if old is None or new is None or len(old) != len(new):
+                continue
+            background = own.vectors.gather(background_rows(alive))
+        else:
+            rows = background_rows(live.alive)
+            old, new = own.vectors.gather(live.places[rows]), live.partition.vectors.gather(rows)
+            background = old
+        if len(background) < 8:
+            continue
+        levels = best_by_chance(one.queries(old, new, own.dim), background, size, leave_one_out=kind != "text")
+        kinds[kind]["levels"] = [round(float(level), 6) for level in levels]
+    return kinds

@@ -1,0 +1,166 @@
+"""The second partition of an index whose encoder is being replaced, as it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mmalign.errors import IndexDamagedError
+
+from ..part import Part
+from ..storage import Writer
+
+__all__ = ["UpgradePart", "new_entry", "read_left_out", "read_numbers"]
+
+# What a person must know of an image that keeps its old vector.
+LeftOut = dict[str, Any]
+
+
+def new_entry(encoder: dict[str, Any], spec: str) -> dict[str, Any]:
+    """The manifest's entry `upgrade` when it begins.
+
+    Its keys `encoder`, `segments`, `rows`, `queries`, `faiss`, `calibration` and `measured` mean what the manifest's
+    own mean. `places` names a file with the old row of each new row, `order` one with old rows by priority, `bridge`
+    one with maps and the support set; `left_out` the images that could not be embedded. `stage` is "measuring",
+    "measured" or "running"; only in the last are searches answered with it, by `modes` (see `retrieval.upgrading.live`)
+    for each kind of query.
+    """
+    return {
+        "stage": "measuring",
+        "to": spec,
+        "encoder": encoder,
+        "segments": [],
+        "rows": 0,
+        "queries": None,
+        "faiss": None,
+        "calibration": None,
+        "measured": {},
+        "places": None,
+        "order": None,
+        "bridge": None,
+        "left_out": None,
+        "modes": {},
+        "checked": {},
+        "report": None,
+    }
+
+
+class UpgradePart(Part):
+    """Vectors of the new encoder, each for one old row; the old partition stays whole beside it.
+
+    Attributes:
+        places: old row of each new row; -1 where that is gone.
+        order: old rows in the order in which they are to be embedded; empty before the start.
+        left_out: images that could not be embedded, with `id`, `path`, `reason`, `message`.
+    """
+
+    def __init__(self, writer: Writer, about: dict[str, Any]) -> None:
+        super().__init__(writer, about)
+        folder = writer.folder
+        self.places = read_numbers(folder, about["places"])
+        self.order = read_numbers(folder, about["order"]["file"] if about["order"] else None)
+        self.left_out = read_left_out(folder, about["left_out"])
+        self._written = {"places": True, "order": True, "left_out": True}
+
+    def moved(self, old_rows: int) -> Bool[np.ndarray, " old_rows"]:
+        """Which old rows have a new vector."""
+        mask = np.zeros(old_rows, bool)
+        mask[self.places[self.places >= 0]] = True
+        return mask
+
+    def take(self, old_rows: Sequence[int] | Int[np.ndarray, " n"], vectors: Float[np.ndarray, "n dim"]) -> None:
+        """Enter new vectors for old rows that have none yet."""
+        if len(vectors):
+            self.places = np.concatenate([self.places, np.asarray(old_rows, np.int64)])
+            self.add_rows(vectors)
+            self._changed("places")
+
+    def set_order(self, how: str, rows: Int[np.ndarray, " n"]) -> None:
+        """Say in which order the rest is to be embedded."""
+        self.order = np.asarray(rows, np.int64)
+        self.about["order"] = {"how": how, "file": None}
+        self._changed("order")
+
+    def set_left_out(self, entries: Sequence[LeftOut]) -> None:
+        """Replace the list of images that could not be embedded."""
+        entries = sorted(entries, key=lambda entry: int(entry["id"]))
+        if entries != self.left_out:
+            self.left_out = entries
+            self._changed("left_out")
+
+    def renumber(self, rows: Int[np.ndarray, " old_rows"]) -> None:
+        """Follow old rows to their new numbers, -1 for those that are gone."""
+        self.places = np.where(self.places >= 0, rows[self.places], -1)
+        order = rows[self.order]
+        self.order = order[order >= 0]
+        self._changed("places", "order")
+
+    def alive(self, old_alive: Bool[np.ndarray, " old_rows"]) -> Bool[np.ndarray, " rows"]:
+        """Which new rows stand for an old row that belongs to an item."""
+        return (self.places >= 0) & old_alive[self.places]
+
+    def record(self) -> list[str]:
+        """As `Part.record`, with what lies beside the vectors."""
+        names = super().record()
+        about = self.about
+        if not self._written["places"]:
+            about["places"] = self._write_rows(self.places)
+        if not self._written["order"] and about["order"]:
+            about["order"]["file"] = self._write_rows(self.order)
+        if not self._written["left_out"]:
+            about["left_out"] = self.writer.add("left_out", self._write_left_out) if self.left_out else None
+        self._written = dict.fromkeys(self._written, True)
+        beside = [about["places"], about["left_out"]]
+        beside += [about[name]["file"] for name in ("order", "bridge") if about[name]]
+        return names + [name for name in beside if name]
+
+    def _write_rows(self, rows: Int[np.ndarray, " n"]) -> str | None:
+        return self.writer.add("rows", lambda file: np.save(file, rows)) if len(rows) else None
+
+    def _write_left_out(self, file: IO[bytes]) -> None:
+        for entry in self.left_out:
+            file.write(json.dumps(entry).encode("ascii") + b"\n")
+
+    def _changed(self, *names: str) -> None:
+        self.changed = True
+        for name in names:
+            self._written[name] = False
+
+
+def read_numbers(folder: Path, name: str | None) -> Int[np.ndarray, " n"]:
+    """Row numbers that `UpgradePart` wrote.
+
+    Raises:
+        IndexDamagedError: the file is gone or damaged.
+    """
+    if name is None:
+        return np.zeros(0, np.int64)
+    try:
+        rows = np.load(folder / name, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise IndexDamagedError(f"{str(folder / name)!r} cannot be read ({error}); {_ROLL_BACK}") from None
+    if rows.ndim != 1 or rows.dtype != np.int64:
+        raise IndexDamagedError(f"{str(folder / name)!r} holds {rows.dtype} {rows.shape}; {_ROLL_BACK}")
+    return rows
+
+
+def read_left_out(folder: Path, name: str | None) -> list[LeftOut]:
+    """One entry an image: `id`, `path`, `reason`, `message`.
+
+    Raises:
+        IndexDamagedError: the file is gone or damaged.
+    """
+    if name is None:
+        return []
+    try:
+        return [json.loads(line) for line in (folder / name).read_text(encoding="ascii").splitlines()]
+    except (OSError, ValueError) as error:
+        raise IndexDamagedError(f"{str(folder / name)!r} cannot be read ({error}); {_ROLL_BACK}") from None
+
+
+_ROLL_BACK = "`mmalign upgrade INDEX --roll-back` gives the index back as it was before the upgrade"

@@ -1,0 +1,193 @@
+"""The end of an upgrade, one way or the other: the new encoder takes over, or everything is as before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from mmalign.errors import InputError
+from mmalign.files import whole_folder
+from mmalign.progress import progress_bar
+
+from ..draft import Draft
+from ..finishing import finish
+from ..folder_state import MAPPED
+from ..part import Part
+from ..roots import resolve_roots, store_roots
+from ..storage import Manifest, Store, Writer
+from ..vectors import Vectors
+from .embedding import RowOfItem, changing
+from .measuring import forward_map, least_pairs
+from .part import UpgradePart
+
+__all__ = ["GONE", "finish_upgrade", "roll_back"]
+
+GONE = ("map", "drop")
+MOST_PAIRS = 20_000
+_PIECE = 65_536
+
+
+def finish_upgrade(store: Store, *, gone: str, keep_old: bool, force: bool, progress: bool) -> Path | None:
+    """See `IndexUpgrade.finish`."""
+    with changing(store, None) as draft:
+        part = draft.upgrade
+        assert part is not None
+        moved = part.moved(draft.rows)
+        alive = draft.alive()
+        _require_done(draft, part, alive & ~moved)
+        if not force:
+            _require_better(part)
+        if gone == "drop":
+            alive &= moved
+        elif (alive & ~moved).any():
+            _require_pairs(draft, part, int((alive & moved).sum()))
+        archive = _archive(store, draft.manifest) if keep_old else None
+        _switch(draft, part, alive, moved, progress)
+        draft.manifest["upgraded"] = {"from": part.about["from"], "archive": archive.name if archive else None}
+        finish(draft, None, progress=progress)
+    return archive
+
+
+def roll_back(store: Store) -> None:
+    """See `IndexUpgrade.roll_back`."""
+    with store.write(wait=True) as writer:
+        manifest = store.read_unchecked()
+        if manifest.get("upgrade"):
+            manifest["upgrade"] = None
+            draft = Draft(writer, manifest)
+            draft.touch()
+            draft.checkpoint()
+            return
+        about = manifest.get("upgraded")
+        archive = store.folder / about["archive"] if about and about["archive"] else None
+        if archive is None or not archive.is_dir():
+            raise InputError(
+                "no upgrade of this index is under way, and none is archived; there is nothing to roll back"
+            )
+        _restore(writer, Store(archive))
+    shutil.rmtree(archive, ignore_errors=True)
+
+
+def _require_done(draft: Draft, part: UpgradePart, remaining: Bool[np.ndarray, " rows"]) -> None:
+    if part.about["stage"] != "running":
+        raise InputError("the upgrade has not been started; `mmalign upgrade INDEX --to ENCODER` does")
+    row_of = RowOfItem(draft.stored_items())
+    known = [row for entry in part.left_out if (row := row_of(entry["id"])) is not None]
+    remaining = remaining.copy()
+    remaining[known] = False
+    if count := int(remaining.sum()):
+        raise InputError(
+            f"{count:,} images have not been embedded yet; `mmalign upgrade INDEX` goes on with it, then finish"
+        )
+
+
+def _require_better(part: UpgradePart) -> None:
+    for kind, figures in part.about["checked"].items():
+        if "old" in figures and "merged" in figures and figures["merged"] < figures["old"]:
+            raise InputError(
+                f"{kind} queries of the support set find less with the new encoder (R@1 {figures['merged'][0]:.3f}) "
+                f"than with the old one ({figures['old'][0]:.3f}); --roll-back keeps the old one, --force switches all "
+                "the same"
+            )
+
+
+def _require_pairs(draft: Draft, part: UpgradePart, pairs: int) -> None:
+    least = least_pairs(draft.dim, part.dim)
+    if pairs < least:
+        raise InputError(
+            f"{len(part.left_out):,} images could not be embedded (`mmalign upgrade INDEX --left-out`), and {pairs:,} "
+            f"that could are too few to map the others' old vectors by ({least:,}); restore the files and go on, or "
+            "remove them from the index with --gone drop (gone='drop')"
+        )
+
+
+def _switch(
+    draft: Draft,
+    part: UpgradePart,
+    kept: Bool[np.ndarray, " rows"],
+    moved: Bool[np.ndarray, " rows"],
+    progress: bool,
+) -> None:
+    """Make the draft one of the new encoder: one row for each old row that is kept, in their order."""
+    old, new = draft.vectors(), part.vectors()
+    draft.writer.require_intact(draft.manifest, [segment["file"] for segment in part.segments])
+    new_row = np.full(len(old), -1, np.int64)
+    new_row[part.places[part.places >= 0]] = np.flatnonzero(part.places >= 0)
+    rows = np.flatnonzero(kept)
+    mapped = kept & ~moved
+    if mapped.any():
+        draft.writer.require_intact(draft.manifest, [segment["file"] for segment in draft.part.segments])
+    manifest = draft.manifest
+    part.about["from"] = manifest["encoder"]["spec"]
+    fresh = {name: part.about[name] for name in ("encoder", "queries")}
+    fresh |= {"segments": [], "rows": 0, "faiss": None, "calibration": None, "measured": {}}
+    manifest.update(fresh)
+    draft.part = Part(draft.writer, manifest)
+    with progress_bar("switching", len(rows), unit="vectors", enabled=progress) as advance:
+
+        def pieces() -> Iterator[np.ndarray]:
+            apply = None
+            if mapped.any():
+                fit = _pairs(rows[moved[rows]])
+                apply = forward_map(old.gather(fit), new.gather(new_row[fit]))
+            for start in range(0, len(rows), _PIECE):
+                yield _piece(rows[start : start + _PIECE], old, new, new_row, apply)
+                advance(min(_PIECE, len(rows) - start))
+
+        draft.part.stream_rows(pieces(), len(rows))
+    items = draft.items
+    items.keep(kept[np.array(items.row, np.int64)])
+    number = np.cumsum(kept) - 1
+    for place, row in enumerate(items.row):
+        flags = [flag for flag in items.flags[place].split(",") if flag and flag != MAPPED]
+        items.flags[place] = ",".join([*flags, MAPPED] if mapped[row] else flags)
+        items.row[place] = int(number[row])
+    draft.upgrade = None
+    manifest["upgrade"] = None
+    draft.touch()
+
+
+def _pairs(rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " pairs"]:
+    """At most so many, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_PAIRS)).astype(np.int64)]
+
+
+def _piece(rows: np.ndarray, old: Vectors, new: Vectors, new_row: np.ndarray, apply: object) -> np.ndarray:
+    where = new_row[rows]
+    out = np.empty((len(rows), new.dim), np.float32)
+    out[where >= 0] = new.gather(where[where >= 0])
+    if callable(apply):
+        out[where < 0] = apply(old.gather(rows[where < 0]))
+    return out
+
+
+def _archive(store: Store, manifest: Manifest) -> Path:
+    """The index as it is without the upgrade, as an index of its own inside the folder; its files are linked."""
+    target = store.folder / f"archive-{manifest['generation']:06d}"
+    roots = store_roots(resolve_roots(manifest["roots"], store.folder), target)
+    remedy = "make room, or finish without an archive (--delete-old)"
+    with whole_folder(target, remedy=remedy) as fresh, Store(fresh).create() as writer:
+        names = _own_files(manifest)
+        for name in names:
+            writer.adopt(store.folder / name, manifest["files"][name])
+        writer.publish({**manifest, "upgrade": None, "roots": roots}, names)
+    return target
+
+
+def _restore(writer: Writer, archive: Store) -> None:
+    manifest = archive.read_manifest()
+    names = list(manifest["files"])
+    for name in names:
+        writer.adopt(archive.folder / name, manifest["files"][name])
+    roots = store_roots(resolve_roots(manifest["roots"], archive.folder), writer.folder)
+    writer.publish({**manifest, "roots": roots}, names)
+
+
+def _own_files(manifest: Manifest) -> list[str]:
+    names = [segment["file"] for segment in manifest["segments"]]
+    names += [manifest[part] for part in ("items", "metadata", "skipped") if manifest[part]]
+    return names + [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
