@@ -45,7 +45,7 @@ def main() -> None:
     folder, captions, training = unpack(out, given.images, given.seed)
     old = load_encoder("bundled", device="cpu")
     new = joined(out, training)
-    index, _ = ImageIndex.build(folder, out / "index", encoder=old, dtype="float32", progress=True)
+    index, _ = ImageIndex.build(folder, out / "index", encoder=old, progress=True)
     if index.manifest["upgrade"] or index.manifest["encoder"]["fingerprint"] != old.fingerprint:
         IndexUpgrade(out / "index").roll_back()
     upgrade = IndexUpgrade(out / "index", new, encoder=old)
@@ -63,7 +63,7 @@ def main() -> None:
     finished = upgrade.finish(progress=True)
     print(f"archived in {finished}")
     after = through(ImageIndex.open(out / "index", encoder=new), captions)
-    fresh, _ = ImageIndex.build(folder, out / "fresh", encoder=new, dtype="float32", progress=True)
+    fresh, _ = ImageIndex.build(folder, out / "fresh", encoder=new, progress=True)
     whole = through(fresh, captions)
     results = {"report": report.to_dict(), "steps": steps, "finished": after, "fresh": whole}
     text = table(report.markdown(), steps, after, whole)

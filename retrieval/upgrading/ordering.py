@@ -39,9 +39,9 @@ def backfill_rows(
     if how in ("class-mean", "access") and not column:
         raise InputError(f"order {order!r} names no column; give {how}:COLUMN, a column of your metadata")
     if how == "random" or (how == "density" and len(rows) <= _NEIGHBOURS):
-        return rows[backfill_order("random", np.empty((len(rows), 1)), seed=seed)]
+        return rows[backfill_order("random", np.zeros((len(rows), 1)), seed=seed)]
     if how == "density":
-        return rows[backfill_order("density", np.empty((len(rows), 1)), density=_density(snapshot, rows, progress))]
+        return rows[backfill_order("density", np.zeros((len(rows), 1)), density=_density(snapshot, rows, progress))]
     if how == "class-mean":
         labels = np.array([str(value) for value in _column(snapshot, column, rows)])
         return rows[backfill_order("class_mean", snapshot.vectors.gather(rows), labels=labels)]
@@ -49,7 +49,7 @@ def backfill_rows(
         values = _column(snapshot, column, rows)
         if not all(isinstance(value, (int, float)) for value in values):
             raise InputError(f"column {column!r} holds no numbers; give one that counts how often an image is used")
-        return rows[backfill_order("access", np.empty((len(rows), 1)), counts=np.array(values, np.float64))]
+        return rows[backfill_order("access", np.zeros((len(rows), 1)), counts=np.array(values, np.float64))]
     raise InputError(
         f"order is {order!r}; give auto, density, random, class-mean:COLUMN or access:COLUMN (in Python, a callable)"
     )

@@ -215,10 +215,12 @@ class IndexUpgrade:
         at_least("sample", sample, 2)
         at_least("seed", seed, 0)
         given = read_support(support) if isinstance(support, (str, os.PathLike)) else support or Support()
+        old = self.old_encoder
+        given.captions_in(Snapshot(self.store).items)  # whether it has anything to do with the index, before it begins
         new = self._begin()
         result = measure_sample(
             self.store,
-            self.old_encoder,
+            old,
             new,
             given,
             sample=sample,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from drawing import clustered, draw, names, ordinary_user, same_content
+from full_disk import Disk, explained
 from tiny_encoder import DIM, TinyEncoder
 
 from mmalign.errors import IndexDamagedError, IndexLockedError, InputError, MMAlignError
@@ -491,54 +490,6 @@ def test_read_only_folder(public_path: Path) -> None:
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
-
-
-class Disk:
-    """Fills up at the n-th write, sync or renaming of a file of the index, and stays full."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-        self.folder, self.steps, self.hit = folder, steps, False
-        real_open, real_fsync, real_replace = pathlib.Path.open, os.fsync, os.replace
-        disk = self
-
-        class Raw(io.FileIO):
-            def write(self, data: Any) -> int:
-                disk.step()
-                return super().write(data)
-
-        def opened(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
-            if mode == "wb" and path.parent == folder:
-                return io.BufferedWriter(Raw(path, "wb"), 4096)
-            return real_open(path, mode, *rest, **named)
-
-        def fsync(descriptor: int) -> None:
-            self.step()
-            real_fsync(descriptor)
-
-        def replace(source: Any, target: Any) -> None:
-            self.step()
-            real_replace(source, target)
-
-        monkeypatch.setattr(pathlib.Path, "open", opened)
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "replace", replace)
-
-    def step(self) -> None:
-        self.steps -= 1
-        if self.steps < 0:
-            self.hit = True
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@contextmanager
-def explained(disk: Disk) -> Iterator[None]:
-    """What is done in here fails with advice if, and only if, the disk is full."""
-    failed = ""
-    try:
-        yield
-    except InputError as error:
-        failed = str(error)
-    assert disk.hit == ("free some space" in failed)
 
 
 def test_full_disk_at_every_step_of_an_update(rich: ImageIndex, folder: Path, tmp_path: Path) -> None:
