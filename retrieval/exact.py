@@ -61,7 +61,7 @@ def rescore(
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """Replace approximate scores by exact inner products and keep the k best; row -1 stays last."""
     if len(queries) == 1:
-        found = rows[0] if rows[0, -1] >= 0 else rows[0][rows[0] >= 0]
+        found = rows[0][rows[0] >= 0]  # what a filter has taken out leaves gaps, not only at the end
         exact = vectors.gather(found) @ queries[0]
         order = np.lexsort((found, -exact))[:k]
         scores, kept = exact[None, order], found[None, order]
