@@ -70,8 +70,8 @@ def fine_tune_compatible(
     arXiv 2408.08793; see `mmalign.orthogonal_compatibility`. The result is a `CompatibleEncoder` of the old encoder's
     dimensions and `extra_dim` more. Whether it is compatible is measured, on images that nothing was trained on, and
     said in the report: it takes a backbone that can be better than the old encoder on these classes, and labels enough.
-    The old space is taught by class means, so that mAP gains first; which image of a class lies nearest (cmc@1) may
-    stay the old encoder's strength.
+    The old space is taught by class means, so that mAP gains first; that the nearest image, too, is more often of the
+    class (cmc@1) takes longer training.
 
     A stopped run goes on from its last checkpoint (at most a minute or an epoch old) when it is called again with the
     same arguments, and on a CPU ends in the same bits as one that was not stopped. Until it is done, checkpoints and

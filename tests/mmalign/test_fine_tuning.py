@@ -67,7 +67,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         for number in range(12):
             shape = (36 + number, 40, 3)
-            pixels = np.clip(np.array(colour) + rng.normal(0, 45, shape) + rng.normal(0, 25, 3), 0, 255)
+            pixels = np.clip(np.array(colour) + rng.normal(0, 45, shape) + rng.normal(0, 90, 3), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:02}.png")
     return folder
 
@@ -130,7 +130,7 @@ def test_it_learns_the_classes_in_the_old_space(finished: CompatibilityReport) -
     assert finished.history[-1]["cos"] < finished.history[0]["cos"]
     assert [line["epoch"] for line in finished.history] == list(range(1, 13))
     for row in ("new/new", "new/old"):
-        assert finished.figures[row]["map"] > finished.figures["chance"]["map"] + 0.2
+        assert finished.figures[row]["map"] > finished.figures["chance"]["map"] + 0.15
     assert finished.counts == {"training": 27, "test": 9, "queries": 9, "classes": 3, "left_out": 0}
 
 
@@ -151,12 +151,14 @@ def test_the_report_is_what_can_be_measured_again(finished: CompatibilityReport,
     new = load_encoder(folder, device="cpu")
     assert isinstance(new, CompatibleEncoder)
     queries, gallery = new.compatible_rows(new.encode_images(held)), old.encode_images(held)
-    hits = 0
+    hits, precisions = [], []
     for at, file in enumerate(held):
-        scores = gallery @ queries[at]
-        scores[at] = -2
-        hits += held[int(scores.argmax())].parent == file.parent
-    assert hits / len(held) == pytest.approx(finished.figures["new/old"]["cmc@1"])
+        order = [other for other in np.argsort(-(gallery @ queries[at])) if other != at]
+        places = 1 + np.flatnonzero([held[other].parent == file.parent for other in order])
+        hits.append(places[0] == 1)
+        precisions.append(np.mean(np.arange(1, len(places) + 1) / places))
+    figures = finished.figures["new/old"]
+    assert (np.mean(hits), np.mean(precisions)) == pytest.approx((figures["cmc@1"], figures["map"]), abs=1e-6)
 
 
 def test_the_table_says_whether_it_is_compatible(finished: CompatibilityReport) -> None:
@@ -259,6 +261,8 @@ def test_every_image_once_an_epoch_and_half_of_them_mirrored(
     assert all(sorted(epoch) == list(range(36)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert 0.35 < np.mean([mirrored for _, mirrored in seen]) < 0.65
+    now_and_then = {image for image, mirrored in seen if mirrored} & {image for image, mirrored in seen if not mirrored}
+    assert len(now_and_then) > 24, "an image is mirrored in one epoch and not in another"
     again, seen = seen, []
     loop_of(colours, old, epochs=4).run(tmp_path / "other.safetensors", "a test", workers=1)
     assert seen == again
@@ -451,7 +455,7 @@ def test_images_that_cannot_be_read_are_left_out_and_copies_stay_on_one_side(
 ) -> None:
     lines = []
     for number, file in enumerate(sorted(colours.rglob("*.png"))):
-        split = "test" if number % 4 == 0 else "train"
+        split = "test" if number % 4 == 0 else "validation" if number % 12 == 3 else "train"
         lines.append({"file": str(file), "label": file.parent.name, "split": split})
     first = Path(lines[0]["file"])
     (tmp_path / "copy.png").write_bytes(first.read_bytes())
@@ -463,7 +467,7 @@ def test_images_that_cannot_be_read_are_left_out_and_copies_stay_on_one_side(
     options = {**SMALL, "epochs": 1, "warmup_epochs": 0}
     report = fine_tune_compatible(table, tmp_path / "new", old_encoder=old, **options)
     assert sorted(Path(entry["name"]).name for entry in report.skipped) == ["broken.png", "gone.png"]
-    assert report.counts == {"training": 27, "test": 9, "queries": 9, "classes": 3, "left_out": 2}
+    assert report.counts == {"training": 24, "test": 9, "queries": 9, "classes": 3, "left_out": 2}
     assert any("copies" in warning for warning in report.warnings)
 
 
