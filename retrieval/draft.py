@@ -24,7 +24,7 @@ from .part import Part
 from .roots import resolve_roots, store_roots
 from .skipped import read_skipped, write_skipped
 from .storage import Manifest, Writer
-from .upgrading.part import UpgradePart
+from .upgrading.part import UpgradePart, files_beside
 from .vectors import Vectors, checked_rows
 
 __all__ = ["Draft"]
@@ -43,6 +43,8 @@ class Draft:
         self.folder = writer.folder
         self.manifest = manifest
         self.part = Part(writer, manifest)
+        if manifest.get("upgrade"):
+            writer.require_intact(manifest, files_beside(manifest["upgrade"]))
         self.upgrade = UpgradePart(writer, manifest["upgrade"]) if manifest.get("upgrade") else None
         writer.require_intact(manifest, [manifest[name] for name in ("items", "metadata", "skipped") if manifest[name]])
         self.manifest.setdefault("upgrade", None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmalign.errors import IndexDamagedError
 
@@ -13,6 +15,8 @@ from .finishing import finish
 from .remedies import index_commands
 from .snapshot import Snapshot
 from .storage import Manifest, Store, find_index, verify_command
+from .upgrading.checking import prepare
+from .upgrading.part import files_beside
 
 __all__ = ["Problem", "diagnose", "repair"]
 
@@ -72,30 +76,51 @@ def repair(folder: str | os.PathLike[str], *, progress: bool = False) -> list[st
         broken = [name for name, _ in writer.damaged(manifest, manifest["files"], progress=progress)]
         lost = [name for name in broken if name not in _derived(manifest)]
         if lost:
-            raise IndexDamagedError(
-                f"{', '.join(lost)} cannot be rebuilt from the rest; restore the file from a backup, or "
-                f"{_again(manifest, path)}"
-            )
+            remedies = list(dict.fromkeys(_remedy(name, path, manifest) for name in lost))
+            raise IndexDamagedError(f"{', '.join(lost)} cannot be rebuilt from the rest; {'; '.join(remedies)}")
         if manifest["skipped"] in broken:
             manifest["skipped"] = None
             done.append("dropped the damaged list of skipped files")
-        if manifest["queries"] and manifest["queries"]["file"] in broken:
-            manifest["queries"] = None
-            done.append("dropped the damaged reference queries")
-        finish(Draft(writer, manifest), force=True, progress=progress)
+        for about in _partitions(manifest):
+            if about["queries"] and about["queries"]["file"] in broken:
+                about["queries"] = None
+                done.append("dropped the damaged reference queries")
+        draft = Draft(writer, manifest)
+        if draft.upgrade is not None:
+            prepare(draft, draft.upgrade, rebuild=True, progress=progress)
+        finish(draft, force=True, progress=progress)
         done.append("rebuilt the FAISS index and the calibration from the stored vectors")
     return done
 
 
+def _partitions(manifest: Manifest) -> list[dict[str, Any]]:
+    """The manifest, and its entry `upgrade` if there is one."""
+    return [manifest, *([manifest["upgrade"]] if manifest.get("upgrade") else [])]
+
+
 def _derived(manifest: Manifest) -> set[str | None]:
     """Files that can be made again from the others, or done without."""
-    files = [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
-    return {manifest["skipped"], *files}
+    parts = _partitions(manifest)
+    return {
+        manifest["skipped"],
+        *(about[kind]["file"] for about in parts for kind in ("queries", "faiss") if about[kind]),
+    }
+
+
+def _of_upgrade(manifest: Manifest) -> set[str | None]:
+    """Files without which the index is as it was before its upgrade began."""
+    about = manifest.get("upgrade")
+    if not about:
+        return set()
+    return {*files_beside(about), *(segment["file"] for segment in about["segments"])}
 
 
 def _remedy(name: str, folder: Path, manifest: Manifest) -> str:
     if name in _derived(manifest):
         return f"{verify_command(folder, repair=True)} makes it again or does without"
+    if name in _of_upgrade(manifest):
+        command = f"`mmalign upgrade {shlex.quote(os.fspath(folder))} --roll-back`"
+        return f"{command} gives the index back as it was before the upgrade, which can then be begun again"
     return f"restore the file from a backup, or {_again(manifest, folder)}"
 
 

@@ -19,10 +19,10 @@ from .part import UpgradePart
 __all__ = ["check_modes", "measure_modes", "prepare"]
 
 
-def prepare(draft: Draft, part: UpgradePart, *, progress: bool = False) -> None:
+def prepare(draft: Draft, part: UpgradePart, *, rebuild: bool = False, progress: bool = False) -> None:
     """Bring what is derived from the new vectors up to date, and choose the modes; before every publication."""
     if part.rows:
-        derive(draft, part, part.alive(draft.alive()), progress=progress)
+        derive(draft, part, part.alive(draft.alive()), force=rebuild, rebuild=rebuild, progress=progress)
     if part.about["stage"] == "running":
         check_modes(draft, part)
 

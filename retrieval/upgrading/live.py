@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mmalign.errors import IndexDamagedError
+
 from ..calibration import Calibration, background_rows, best_by_chance
 from ..faiss_index import selector_of
 from ..partition import Partition
@@ -45,6 +47,11 @@ class LiveUpgrade:
         self.own, self.own_alive = own, alive
         self.partition = Partition(store, manifest, self.about)
         self.places = read_numbers(store.folder, self.about["places"])
+        if len(self.places) != len(self.partition) or self.places.max(initial=-1) >= len(own):
+            raise IndexDamagedError(
+                f"index {str(store.folder)!r}: the vectors of its upgrade do not stand for rows that exist; `mmalign "
+                "upgrade INDEX --roll-back` gives it back as it was before"
+            )
         self.alive = (self.places >= 0) & alive[self.places]
         self.bridge = Bridge.read(store.folder, self.about["bridge"])
 

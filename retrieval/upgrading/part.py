@@ -15,7 +15,7 @@ from mmalign.errors import IndexDamagedError
 from ..part import Part
 from ..storage import Writer
 
-__all__ = ["UpgradePart", "new_entry", "read_left_out", "read_numbers"]
+__all__ = ["UpgradePart", "files_beside", "new_entry", "read_left_out", "read_numbers"]
 
 # What a person must know of an image that keeps its old vector.
 LeftOut = dict[str, Any]
@@ -115,9 +115,7 @@ class UpgradePart(Part):
         if not self._written["left_out"]:
             about["left_out"] = self.writer.add("left_out", self._write_left_out) if self.left_out else None
         self._written = dict.fromkeys(self._written, True)
-        beside = [about["places"], about["left_out"]]
-        beside += [about[name]["file"] for name in ("order", "bridge") if about[name]]
-        return names + [name for name in beside if name]
+        return names + files_beside(about)
 
     def _write_rows(self, rows: Int[np.ndarray, " n"]) -> str | None:
         return self.writer.add("rows", lambda file: np.save(file, rows)) if len(rows) else None
@@ -130,6 +128,13 @@ class UpgradePart(Part):
         self.changed = True
         for name in names:
             self._written[name] = False
+
+
+def files_beside(about: dict[str, Any]) -> list[str]:
+    """Files that an entry `upgrade` names, but for vectors and what is derived from them."""
+    names = [about["places"], about["left_out"]]
+    names += [about[name]["file"] for name in ("order", "bridge") if about[name]]
+    return [name for name in names if name]
 
 
 def read_numbers(folder: Path, name: str | None) -> Int[np.ndarray, " n"]:

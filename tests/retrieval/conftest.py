@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from crashing import Run, serve
 from drawing import draw
 from tiny_encoder import TinyEncoder
 
 from retrieval import ImageIndex
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Work in a child process that is killed on the way."""
+    yield from serve()
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Forks a child for each line of its input: `FOLDER<TAB>OUT<TAB>STEP`; the child indexes FOLDER into OUT.
+"""Forks a child for each line of its input: `JOB<TAB>FOLDER<TAB>OUT<TAB>STEP`; the child does its job.
+
+"index" indexes FOLDER into OUT. "upgrade" takes the index OUT, from wherever an earlier child has left it, to the end
+of an upgrade from `colour:weak` to `colour:strong`, measured on FOLDER, a file of captions.
 
 The child kills itself with SIGKILL before its STEP-th durable action (fsync, rename or removal of a file in OUT); with
 STEP -1 it goes on to the end. Answers are the process id, and when the child is dead its status and the number of
@@ -16,14 +19,39 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from colour_encoder import ColourEncoder
 from tiny_encoder import TinyEncoder
 
-from retrieval import ImageIndex
+from retrieval import ImageIndex, IndexUpgrade
 from retrieval.draft import Draft
 from retrieval.faiss_module import import_faiss
 
 
-def work(folder: Path, out: Path, step: int, log: int) -> None:
+def index(folder: Path, out: Path) -> None:
+    encoder = TinyEncoder()
+    encoder.before_batch = lambda: time.sleep(0.002)
+    ImageIndex.build(folder, out, encoder=encoder, batch_size=4, workers=2)
+
+
+def upgrade(captions: Path, out: Path) -> None:
+    weak, strong = ColourEncoder("weak"), ColourEncoder("strong")
+    strong.before_batch = lambda: time.sleep(0.005)
+    run = IndexUpgrade(out, strong, encoder=weak)
+    if run.status().stage == "finished":
+        return
+    options: dict[str, Any] = {"checkpoint_seconds": 0, "batch_size": 4, "workers": 2}
+    if run.status().stage in ("none", "measuring"):
+        run.measure(captions, sample=36, **options)
+    if run.status().stage == "measured":
+        run.start(force=True)
+    run.backfill(**options)
+    run.finish()
+
+
+JOBS = {"index": index, "upgrade": upgrade}
+
+
+def work(job: str, folder: Path, out: Path, step: int, log: int) -> None:
     def counted(real: Any) -> Any:
         def action(*arguments: Any, **named: Any) -> Any:
             nonlocal step
@@ -38,27 +66,34 @@ def work(folder: Path, out: Path, step: int, log: int) -> None:
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
     Draft.checkpoint_if_due = Draft.checkpoint  # type: ignore[method-assign]
-    encoder = TinyEncoder()
-    encoder.before_batch = lambda: time.sleep(0.002)
-    ImageIndex.build(folder, out, encoder=encoder, batch_size=4, workers=2)
+    JOBS[job](folder, out)
 
 
 def main() -> None:
     # What the children would otherwise import one after the other, for seconds each.
     import_faiss()
-    for name in ("pyarrow.csv", "torch._dynamo", "torchvision.transforms.v2.functional", "PIL.Image", "pillow_heif"):
+    for name in (
+        "retrieval.upgrading.upgrade",
+        "scipy.stats",
+        "safetensors.numpy",
+        "pyarrow.csv",
+        "torch._dynamo",
+        "torchvision.transforms.v2.functional",
+        "PIL.Image",
+        "pillow_heif",
+    ):
         with contextlib.suppress(ImportError):
             import_module(name)
     sys.modules["PIL.Image"].init()
     for line in sys.stdin:
-        folder, out, step = line.rstrip("\n").split("\t")
+        job, folder, out, step = line.rstrip("\n").split("\t")
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
             code = 1
             try:
-                work(Path(folder), Path(out), int(step), writing)
+                work(job, Path(folder), Path(out), int(step), writing)
                 code = 0
             except BaseException:
                 import traceback

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from crashing import Run
 from drawing import draw, same_content
 from tiny_encoder import TinyEncoder
 
@@ -21,41 +17,6 @@ from retrieval import ImageIndex
 from retrieval.storage import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-HERE = Path(__file__).parent
-# (folder, out, step to die at or -1, seconds after which to be killed) -> (exit status, durable actions taken)
-Run = Callable[[Path, Path, int, float | None], tuple[int, int]]
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Indexes in a child process, which may be killed on the way."""
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "crash_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-
-    def index(folder: Path, out: Path, step: int = -1, seconds: float | None = None) -> tuple[int, int]:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(f"{folder}\t{out}\t{step}\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):  # it was faster
-                os.kill(child, signal.SIGKILL)
-        status, actions = server.stdout.readline().split()
-        return int(status), int(actions)
-
-    yield index
-    assert server.stdin is not None
-    server.stdin.close()
-    server.wait(10)
 
 
 def make_folder(root: Path, count: int) -> Path:
@@ -127,11 +88,11 @@ class Case:
         self.start: Path | None = None
         if update:
             self.start = where / "start"
-            assert run(self.folder, self.start, -1, None)[0] == 0
+            assert run("index", self.folder, self.start, -1, None)[0] == 0
             change_folder(self.folder, count)
         self.reset()
         started = time.monotonic()
-        status, self.actions = run(self.folder, self.out, -1, None)
+        status, self.actions = run("index", self.folder, self.out, -1, None)
         self.seconds = time.monotonic() - started
         assert status == 0
         assert self.actions > 20
@@ -150,12 +111,12 @@ class Case:
     def kill_and_finish(self, step: int = -1, seconds: float | None = None, again: float | None = None) -> bool:
         """Whether the kill came in time; then everything was checked."""
         self.reset()
-        status, _ = self.run(self.folder, self.out, step, seconds)
+        status, _ = self.run("index", self.folder, self.out, step, seconds)
         check_whole(self.out)
         if again is not None:  # the run that should mend it is killed, too
-            self.run(self.folder, self.out, -1, again)
+            self.run("index", self.folder, self.out, -1, again)
             check_whole(self.out)
-        assert self.run(self.folder, self.out, -1, None)[0] == 0
+        assert self.run("index", self.folder, self.out, -1, None)[0] == 0
         check_finished(self.out, self.wanted)
         return status == -signal.SIGKILL
 
