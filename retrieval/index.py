@@ -310,6 +310,7 @@ class ImageIndex:
             "decode": manifest["settings"]["decode"],
             "faiss": manifest["faiss"],
             "measured": manifest["measured"],
+            "upgrade": self._upgrade_info(),
             "metadata_columns": snapshot.metadata.column_names if snapshot.metadata is not None else [],
             "bytes": sum(about["size"] for about in manifest["files"].values()),
             "format": manifest["format"],
@@ -317,6 +318,13 @@ class ImageIndex:
             "written": manifest["written"],
             "libraries": manifest["libraries"],
         }
+
+    def _upgrade_info(self) -> dict[str, Any] | None:
+        """See `retrieval.upgrading.upgrade.UpgradeStatus`."""
+        from .upgrading.upgrade import status_of
+
+        status = status_of(self.snapshot)
+        return None if status.stage == "none" else status.to_dict()
 
     def skipped(self) -> list[dict[str, Any]]:
         """Files that could not be read, with `path`, `reason` and `message`."""

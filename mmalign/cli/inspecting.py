@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,12 +57,24 @@ def info(
         f"{measured['kind']} queries"
         if measured
         else "-",
+        "upgrade": _upgrade_line(about["upgrade"]),
         "metadata": ", ".join(about["metadata_columns"]) or "-",
         "size": f"{about['bytes'] / 1e6:,.1f} MB",
         "written": f"{about['written']}, generation {about['generation']}, format {about['format']}",
     }
     for name, text in lines.items():
-        print(f"{name:<10} {text}")
+        if text:
+            print(f"{name:<10} {text}")
+
+
+def _upgrade_line(about: dict[str, Any] | None) -> str:
+    if about is None:
+        return ""
+    modes = ", ".join(f"{kind} queries {mode}" for kind, mode in about["modes"].items())
+    if about["stage"] == "finished":
+        return f"finished; the index before it is in {about['archive']}"
+    moved = f"{about['moved']:,} of {about['images']:,} images embedded"
+    return f"{about['stage']}: to {about['new']}, {moved}" + (f" ({modes})" if modes else "")
 
 
 def verify(

@@ -38,8 +38,8 @@ def upgrade(
     support: Annotated[
         Path | None,
         typer.Option(
-            help="Captions of images of the index (.jsonl, .csv, as for `mmalign eval captions`): queries in words whose "
-            "answer is known. Or texts (.txt, one a line) or a folder of images, to fit bridges on.",
+            help="Captions of images of the index (.jsonl, .csv, as for `mmalign eval captions`): queries in words "
+            "whose answer is known. Or texts (.txt, one a line) or a folder of images, to fit bridges on.",
         ),
     ] = None,
     sample: Annotated[

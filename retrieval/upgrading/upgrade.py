@@ -28,7 +28,7 @@ from .sampling import measure_sample
 from .support import Support, read_support
 from .switching import GONE, finish_upgrade, roll_back
 
-__all__ = ["IndexUpgrade", "UpgradeStatus"]
+__all__ = ["IndexUpgrade", "UpgradeStatus", "status_of"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,22 @@ class UpgradeStatus:
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
         return {**asdict(self), "remaining": self.remaining}
+
+
+def status_of(snapshot: Snapshot) -> UpgradeStatus:
+    """How far the upgrade of an opened index is."""
+    manifest, about, folder = snapshot.manifest, snapshot.manifest.get("upgrade"), snapshot.store.folder
+    images, own = snapshot.alive_count, manifest["encoder"]["spec"]
+    if not about:
+        done = manifest.get("upgraded")
+        if done and done["archive"] and (folder / done["archive"]).is_dir():
+            return UpgradeStatus("finished", own, None, images, archive=os.fspath(folder / done["archive"]))
+        return UpgradeStatus("none", own, None, images)
+    places = read_numbers(folder, about["places"])
+    moved = int(np.count_nonzero(snapshot.alive[places[places >= 0]]))
+    left_out = len(read_left_out(folder, about["left_out"]))
+    new, modes, checked = about["encoder"]["spec"], about["modes"], about["checked"]
+    return UpgradeStatus(about["stage"], own, new, images, moved, left_out, modes, checked)
 
 
 class IndexUpgrade:
@@ -151,20 +167,7 @@ class IndexUpgrade:
 
     def status(self) -> UpgradeStatus:
         """How far it is; reads the manifest, loads no encoder."""
-        snapshot = Snapshot(self.store)
-        manifest, about = snapshot.manifest, snapshot.manifest.get("upgrade")
-        images, own = snapshot.alive_count, manifest["encoder"]["spec"]
-        if not about:
-            done = manifest.get("upgraded")
-            if done and done["archive"] and (self.folder / done["archive"]).is_dir():
-                archive = os.fspath(self.folder / done["archive"])
-                return UpgradeStatus("finished", own, None, images, archive=archive)
-            return UpgradeStatus("none", own, None, images)
-        places = read_numbers(self.folder, about["places"])
-        moved = int(np.count_nonzero(snapshot.alive[places[places >= 0]]))
-        left_out = len(self.left_out())
-        new, modes, checked = about["encoder"]["spec"], about["modes"], about["checked"]
-        return UpgradeStatus(about["stage"], own, new, images, moved, left_out, modes, checked)
+        return status_of(Snapshot(self.store))
 
     def report(self) -> UpgradeReport | None:
         """What the last `measure` found; `None` before it."""
