@@ -1,4 +1,4 @@
-"""Captioned images: a JSON-lines or CSV file, one line an image or a caption, read and checked once."""
+"""Captioned and labelled images: files of lines or tables, and folders of classes, read and checked once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .errors import InputError, reason_of
 
-__all__ = ["CaptionedImage", "read_captioned"]
+__all__ = ["CaptionedImage", "class_folders", "read_captioned", "read_labelled"]
 
 _FILE = ("file", "file_name", "image", "path")
+_CAPTION, _LABEL = ("captions", "caption"), ("label",)
+_ABOUT = ("split", "group", "label")
 _NAMES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "captions.tsv", "metadata.tsv")
 
 
@@ -28,7 +32,7 @@ class CaptionedImage:
         captions: those that are not blank; there may be none.
         split: "train", "validation" or "test", where the line says so.
         group: images of one group stay on one side of a split.
-        label: class name, for zero-shot classification.
+        label: name of its class.
     """
 
     file: str
@@ -56,34 +60,78 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
         if not found:
             raise InputError(f"folder {str(path)!r} holds none of {', '.join(_NAMES)}; give the file with the captions")
         path = found[0]
+    images = _images(path, _CAPTION)
+    if not any(image.captions for image in images):
+        raise InputError(f"{str(path)!r} holds no caption")
+    return images, path.parent
+
+
+def read_labelled(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], Path]:
+    """Images with `label`, and the folder that their files are relative to.
+
+    Args:
+        source: a folder whose subfolders are the classes, see `class_folders`; or a file as for `read_captioned`, with
+            `label` on each line. Captions are not looked at; lines of one file agree.
+
+    Raises:
+        InputError: missing, a line that is not of that form (numbered), or fewer than two classes.
+    """
+    path = Path(source)
+    images, root = (class_folders(path), path) if path.is_dir() else (_images(path, _LABEL), path.parent)
+    classes = len({image.label for image in images})
+    if classes < 2:
+        wanted = "a folder with a subfolder of images for each class, or a file with `file` and `label` on each line"
+        raise InputError(f"{str(path)!r} has {classes} classes of images; give {wanted}")
+    return images, root
+
+
+def class_folders(root: Path) -> list[CaptionedImage]:
+    """Images at any depth in the subfolders of a folder, labelled by the subfolder's name; hidden ones are no classes.
+
+    Raises:
+        InputError: it is not a folder.
+    """
+    if not root.is_dir():
+        raise InputError(f"{str(root)!r} is not a folder; give one with a subfolder of images for each class")
+    known = Image.registered_extensions()
+    return [
+        CaptionedImage(str(path.relative_to(root)), label=place.name)
+        for place in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+        for path in sorted(place.rglob("*"))
+        if path.suffix.lower() in known and path.is_file()
+    ]
+
+
+def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:
+    """One for each file that lines name, of which all have what is wanted: `_CAPTION` or `_LABEL`."""
     images: dict[str, CaptionedImage] = {}
-    for number, entry in _entries(path):
-        image = _captioned(entry)
+    for number, entry in _entries(path, wanted):
+        image = _image(entry, wanted)
         if image is None:
-            raise InputError(f"line {number} of {str(path)!r} has no `file` with `captions` (or `caption`); mend it")
+            names = " or ".join(f"`{name}`" for name in wanted)
+            raise InputError(f"line {number} of {str(path)!r} has no `file` with {names}; mend it")
         try:
-            "".join(image.captions).encode()
+            "".join([*image.captions, image.label or ""]).encode()
         except UnicodeEncodeError:
             raise InputError(f"line {number} of {str(path)!r} has half a character (a lone \\ud...); mend it") from None
         earlier = images.setdefault(image.file, image)
         if earlier is image:
             continue
-        if (earlier.split, earlier.group, earlier.label) != (image.split, image.group, image.label):
-            raise InputError(
-                f"line {number} of {str(path)!r} gives {image.file!r} another split, group or label than a line "
-                "before; make them agree"
-            )
+        for name in _ABOUT:
+            if getattr(earlier, name) != getattr(image, name):
+                raise InputError(
+                    f"line {number} of {str(path)!r} gives {image.file!r} another {name} than a line before; make them "
+                    "agree"
+                )
         earlier.captions.extend(image.captions)
-    if not any(image.captions for image in images.values()):
-        raise InputError(f"{str(path)!r} holds no caption")
-    return list(images.values()), path.parent
+    return list(images.values())
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+def _entries(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"captions {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
+        raise InputError(f"{wanted[-1]}s {str(path)!r} cannot be read ({reason_of(error)}); check the path") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,7 +139,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(
             f"line {number} of {str(path)!r} is not UTF-8; give a .csv, .tsv or .jsonl file that is saved as UTF-8"
         ) from None
-    return _rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _lines(path, text)
+    return _rows(path, text, wanted) if path.suffix.lower() in (".csv", ".tsv") else _lines(path, text)
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -106,7 +154,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 ) from None
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Rows of a table; spreadsheets of some countries write semicolons into a .csv file."""
     header = text.partition("\n")[0]
     separators = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"
@@ -115,15 +163,15 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        _check_columns(path, rows.fieldnames)
+        _check_columns(path, rows.fieldnames, wanted)
         for row in rows:
             beyond = row.pop(None, [])
             if any(cell.strip() for cell in beyond):
                 raise InputError(
-                    f"line {rows.line_num} of {str(path)!r} has more cells than there are columns; put captions that "
-                    f"hold {separator!r} in double quotes"
+                    f"line {rows.line_num} of {str(path)!r} has more cells than there are columns; put what holds "
+                    f"{separator!r} in double quotes"
                 )
-            if (row.get("captions") or "").startswith("["):
+            if wanted == _CAPTION and (row.get("captions") or "").startswith("["):
                 raise InputError(
                     f"line {rows.line_num} of {str(path)!r} has a list of captions in one cell; give one row a caption"
                 )
@@ -135,29 +183,25 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    needed = (_FILE, ("captions", "caption"))
-    if names and not all(any(name in names for name in choice) for choice in needed):
+def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    if names and not all(any(name in names for name in choice) for choice in (_FILE, wanted)):
         raise InputError(
             f"{str(path)!r} has the columns {', '.join(map(repr, names))}; name one file (or file_name, image, path) "
-            "and one caption"
+            f"and one {wanted[-1]}"
         )
-    known = [*_FILE, "captions", "caption", "split", "group", "label"]
-    if twice := [name for name in known if names.count(name) > 1]:
-        raise InputError(f"{str(path)!r} has two columns {twice[0]!r}; keep one, with one row a caption")
+    if twice := [name for name in (*_FILE, *wanted, *_ABOUT) if names.count(name) > 1]:
+        raise InputError(f"{str(path)!r} has two columns {twice[0]!r}; keep one, with one row a {wanted[-1]}")
 
 
-def _captioned(entry: Any) -> CaptionedImage | None:
+def _image(entry: Any, wanted: Sequence[str]) -> CaptionedImage | None:
     try:
         file = next(entry[name] for name in _FILE if entry.get(name))
-        captions = entry["captions"] if "captions" in entry else entry["caption"]
+        captions = next(entry[name] for name in wanted if name in entry) if wanted == _CAPTION else []
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(file, str) or not isinstance(captions, list):
             return None
         captions = [caption for caption in captions if caption.strip()]
-    except (KeyError, StopIteration, TypeError, AttributeError):
+    except (StopIteration, TypeError, AttributeError):
         return None
-    extra = {name: entry.get(name) for name in ("split", "group", "label")}
-    return CaptionedImage(
-        file, captions, **{k: None if value in (None, "") else str(value) for k, value in extra.items()}
-    )
+    about = {name: None if entry.get(name) in (None, "") else str(entry[name]) for name in _ABOUT}
+    return CaptionedImage(file, captions, **about) if wanted == _CAPTION or about["label"] else None

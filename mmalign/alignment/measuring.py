@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 
 from ..encoders import Encoder
 from ..encoders.encoder import unit_rows
@@ -25,7 +24,7 @@ from ..evaluation import (
     named_templates,
 )
 from ..features import Features, extract_features
-from ..pairs import read_captioned
+from ..pairs import class_folders, read_captioned
 from .encoder import AlignedEncoder
 from .heads import Head
 from .split import unique_images
@@ -125,15 +124,9 @@ def evaluate_zero_shot(
     texts = named_templates(templates) if isinstance(templates, str) else list(templates)
     class_prompts(["any"], texts)
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{str(root)!r} is not a folder; give one with a subfolder of images for each class")
-    files, labels = [], []
-    known = Image.registered_extensions()
-    places = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
-    for place in sorted(places):
-        inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in known and path.is_file())
-        files += inside
-        labels += [place.name.replace("_", " ")] * len(inside)
+    images = class_folders(root)
+    files = [root / image.file for image in images]
+    labels = [str(image.label).replace("_", " ") for image in images]
     if len(set(labels)) < 2:
         raise InputError(
             f"{str(root)!r} has {len(set(labels))} subfolders with images; give a folder with one for each class"

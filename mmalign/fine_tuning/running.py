@@ -32,8 +32,7 @@ from ..files import whole_file
 from ..imaging import DEFAULT_DECODING
 from ..orthogonal import OrthogonalMap
 from ..orthogonal_compatibility import class_prototypes
-from ..pairs import CaptionedImage
-from .labelled import read_labelled
+from ..pairs import CaptionedImage, read_labelled
 from .recipe import Recipe
 from .report import CompatibilityReport, measure, read_report
 from .training import FineTuning
@@ -79,7 +78,7 @@ def fine_tune_compatible(
 
     Args:
         data: a folder with one subfolder of images a class, or a file of lines with `file` and `label`, and, where they
-            are to decide, `split` and `group`; see `read_labelled`. Images of a split "validation" are not used.
+            are to decide, `split` and `group`; see `pairs.read_labelled`. Images of a split "validation" are not used.
         out: folder of the encoder that is made, which is replaced if it is one.
         old_encoder: spec, folder or encoder whose index is to be searched; encodes images.
         backbone: a timm model, "resnet50", "resnet18.a1_in1k" or with "timm:" before it.

@@ -24,10 +24,10 @@ from mmalign.encoders.timm import TimmEncoder, preprocessing_of
 from mmalign.errors import EncoderUnavailableError, NonFiniteLossError
 from mmalign.fine_tuning import CompatibilityReport, Recipe, fine_tune_compatible, running, training
 from mmalign.fine_tuning import report as reporting
-from mmalign.fine_tuning.labelled import read_labelled
 from mmalign.fine_tuning.report import measure
 from mmalign.fine_tuning.training import FineTuning
 from mmalign.orthogonal_compatibility import class_prototypes, oca_loss
+from mmalign.pairs import read_labelled
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 SMALL: dict[str, Any] = {
@@ -469,52 +469,6 @@ def test_images_that_cannot_be_read_are_left_out_and_copies_stay_on_one_side(
     assert sorted(Path(entry["name"]).name for entry in report.skipped) == ["broken.png", "gone.png"]
     assert report.counts == {"training": 24, "test": 9, "queries": 9, "classes": 3, "left_out": 2}
     assert any("copies" in warning for warning in report.warnings)
-
-
-def test_labelled_lines_and_folders_are_the_same_images(colours: Path, tmp_path: Path) -> None:
-    images, root = read_labelled(colours)
-    assert root == colours
-    assert [image.label for image in images] == [name for name in sorted(COLOURS) for _ in range(12)]
-    assert {(Path(image.file).parts[0], image.label) for image in images} == {(name, name) for name in COLOURS}
-    rows = [(image.file, image.label) for image in images]
-    for name, mark in (("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")):
-        text = "".join(mark.join(map(str, row)) + "\n" for row in [("File_Name", "Label"), *rows])
-        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
-        found, folder = read_labelled(tmp_path / name)
-        assert [(image.file, image.label) for image in found] == rows
-        assert folder == tmp_path
-    (tmp_path / "d.jsonl").write_text('{"image": "x", "label": 1, "captions": ["a"], "group": 7}\n\n'
-                                      '{"path": "y", "label": "two", "split": "test"}\n')  # fmt: skip
-    one, two = read_labelled(tmp_path / "d.jsonl")[0]
-    assert (one.file, one.label, one.group, one.split) == ("x", "1", "7", None)
-    assert (two.file, two.label, two.group, two.split) == ("y", "two", None, "test")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"file": "a", "label": "x"}\n{"file": "b"}\n', "line 2 of .* has no `file` with `label`"),
-        ('{"label": "x"}\n', "line 1 of .* has no `file`"),
-        ("[]\n", "line 1 of .* has no `file`"),
-        ('{"file": "a", "label": "x"}\n{"file": "a", "label": "y"}\n', "line 2 of .* gives 'a' another label"),
-        ("file,label\n", "line 1 of .* is not JSON"),
-        ('{"file": "a", "label": "x"}\n', "has 1 classes of images; give a folder with"),
-        ("\udcff", "is not UTF-8"),
-    ],
-)
-def test_lines_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    table = tmp_path / "labels.jsonl"
-    table.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(InputError, match=message):
-        read_labelled(table)
-
-
-def test_places_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"labels .* cannot be read \(No such file or directory\); check the path"):
-        read_labelled(tmp_path / "none.csv")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="has 0 classes of images"):
-        read_labelled(tmp_path)
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Captioned images read from files that people have, and the lines that are refused."""
+"""Captioned and labelled images read from files that people have, and the lines that are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.errors import InputError
-from mmalign.pairs import CaptionedImage, read_captioned
+from mmalign.pairs import CaptionedImage, read_captioned, read_labelled
 
 
 def written(path: Path, lines: list[object]) -> Path:
@@ -181,3 +181,78 @@ def test_other_encodings_are_refused_rather_than_garbled(tmp_path: Path, encodin
     path.write_bytes("file,caption\na.jpg,un caf\xe9\n".encode(encoding))
     with pytest.raises(InputError, match=r"line [12] of .* is not UTF-8; .*saved as UTF-8"):
         read(path)
+
+
+# -- labelled images ---------------------------------------------------------------------------------------------------
+
+
+def test_labelled_lines_and_folders_are_the_same_images(tmp_path: Path) -> None:
+    names = ["dog/x.png", "red_fox/a.jpg", "red_fox/deep/er/b.JPG"]
+    for name in [*names, ".hidden/c.jpg", "between.jpg", "empty/notes.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    images, root = read_labelled(tmp_path)
+    assert root == tmp_path
+    assert images == [CaptionedImage(name, label=name.split("/")[0]) for name in names]
+    rows = [(image.file, str(image.label)) for image in images]
+    for name, mark in (("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")):
+        text = "".join(f"{mark.join(row)}\n" for row in [("File_Name", "Label"), *rows])
+        (tmp_path / name).write_text(f"\ufeff{text}", encoding="utf-8")
+        assert read_labelled(str(tmp_path / name)) == (images, tmp_path)
+
+
+def test_captions_of_labelled_lines_are_not_looked_at(tmp_path: Path) -> None:
+    lines: list[object] = [
+        {"image": "x", "label": 0, "captions": [1], "group": 7},
+        {"path": "y", "label": "two", "caption": None, "split": "test"},
+        {"path": "y", "label": "two", "caption": "again", "split": "test"},
+    ]
+    images = [CaptionedImage("x", group="7", label="0"), CaptionedImage("y", split="test", label="two")]
+    assert read_labelled(written(tmp_path / "a.jsonl", lines))[0] == images
+    table = tmp_path / "a.csv"
+    table.write_text('file,captions,captions,label\nx,"[""a""]",,one\n,,,\ny,,b,two\n')
+    assert [(image.file, image.label) for image in read_labelled(table)[0]] == [("x", "one"), ("y", "two")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file": "a", "label": "x"}\n{"file": "b"}\n', "line 2 of .* has no `file` with `label`; mend it"),
+        ('{"label": "x"}\n', "line 1 of .* has no `file`"),
+        ("[]\n", "line 1 of .* has no `file`"),
+        ('{"file": "a", "label": "x"}\n{"file": "a", "label": "y"}\n', "line 2 of .* gives 'a' another label"),
+        ('{"file": "a", "label": "\\ud800"}\n', "line 1 of .* half a character"),
+        ("file,label\n", "line 1 of .* is not JSON"),
+        ('{"file": "a", "label": "x"}\n', "has 1 classes of images; give a folder with"),
+        ("\udcff", "is not UTF-8"),
+    ],
+)
+def test_labelled_lines_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        read_labelled(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,caption\na.jpg,x\n", r"has the columns 'file', 'caption'; name one file .* and one label"),
+        ("file,label,label\na.jpg,x,y\n", "has two columns 'label'"),
+        ("file,label\na.jpg,x,y\n", "line 2 of .* more cells .*double quotes"),
+        ("file,label\na.jpg,x\nb.jpg,\n", "line 3 of .* has no `file` with `label`"),
+    ],
+)
+def test_labelled_tables_that_would_be_misread(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_labelled(path)
+
+
+def test_places_without_labelled_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"labels .* cannot be read \(No such file or directory\); check the path"):
+        read_labelled(tmp_path / "none.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has 0 classes of images"):
+        read_labelled(tmp_path)
