@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..alignment.drawing import _figure, _name_rows, _save, _shares
 from ..metrics import cmc_map_self_excluded
 from ..metrics.chance import chance_hit
+from ..plotting import name_axes, name_rows, new_figure, save_figure, share_axes
 
 __all__ = ["CompatibilityReport", "measure", "read_report", "write_report"]
 
@@ -139,28 +139,26 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _draw_figures(path: Path, figures: Mapping[str, Mapping[str, float]]) -> None:
-    figure, (axis,) = _figure(1, 3.0, 6.0)
+    figure, (axis,) = new_figure(1, 3.0, 6.0)
     for at, name in enumerate(FIGURES):
         lift = (at - 1) * 0.16
         places = np.arange(len(_ROWS)) + lift
         axis.plot([figures[row][name] for row in _ROWS], places, "o", markersize=4, label=name)
-    _shares(axis, len(_ROWS))
-    _name_rows(axis, _ROWS.values())
-    axis.set_title("held-out images of the same class found", fontsize=9)
+    share_axes(axis, len(_ROWS))
+    name_rows(axis, _ROWS.values())
+    name_axes(axis, "held-out images of the same class found")
     figure.legend(loc="outside lower left", ncols=3, fontsize=8, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     panels = {"loss": ["loss"], "its terms, without their weights": ["ce", "bct", "cos"]}
-    figure, axes = _figure(len(panels), 3.0, 4.0)
+    figure, axes = new_figure(len(panels), 3.0, 4.0)
     epochs = [line["epoch"] for line in history]
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             axis.plot(epochs, [line[name] for line in history], marker="." if len(epochs) < 3 else None, label=name)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.tick_params(labelsize=8)
+        name_axes(axis, title, "epoch")
         axis.grid(color="0.9")
     axes[1].legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)

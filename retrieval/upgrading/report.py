@@ -158,26 +158,23 @@ class UpgradeReport:
 
     def draw(self, path: Path) -> None:
         """The way of R@1 while more and more is embedded anew, and what it is measured against."""
-        from matplotlib.figure import Figure
-
         from mmalign.files import whole_file
+        from mmalign.plotting import name_axes, new_figure, save_figure
 
         kinds = [one for one in self.kinds.values() if one.curve]
-        figure = Figure(figsize=(5.2 * max(1, len(kinds)), 3.8), layout="constrained")
-        for axis, one in zip(figure.subplots(1, max(1, len(kinds)), squeeze=False)[0], kinds, strict=False):
+        figure, axes = new_figure(max(1, len(kinds)), 3.8, 5.2)
+        for axis, one in zip(axes, kinds, strict=False):
             shares = [100 * share for share in one.curve["share"]]
             axis.plot(shares, one.curve["hit@1"], "o-", markersize=4, label="searches while it goes on")
             for name, style in (("new/new", "--"), ("old/old", ":")):
                 if name in one.figures:
                     axis.axhline(one.figures[name]["hit@1"], linestyle=style, color="0.3", label=name)
-            axis.set_title(f"{one.kind} queries ({one.queries:,}) on {self.sampled:,} images", fontsize=9)
-            axis.set_xlabel("images embedded anew, %", fontsize=8)
-            axis.set_ylabel("R@1", fontsize=8)
-            axis.tick_params(labelsize=8)
+            title = f"{one.kind} queries ({one.queries:,}) on {self.sampled:,} images"
+            name_axes(axis, title, "images embedded anew, %", "R@1")
             axis.legend(fontsize=8, frameon=False)
             axis.set_ylim(bottom=0)
         with whole_file(path) as fresh:
-            figure.savefig(fresh, dpi=130)
+            save_figure(figure, fresh)
 
 
 def duration(seconds: float) -> str:
