@@ -13,13 +13,17 @@ import lazy_loader
 if TYPE_CHECKING:
     from . import metrics
     from .alignment import Alignment, Pairs, align, align_encoders, align_many, load_alignment
+    from .compatible_maps import fit_compatible_maps
     from .conse import class_bridge
     from .contrastive import clip_loss, siglip_loss
     from .encoders import DEFAULT_SPEC, Encoder, JoinedEncoder, load_encoder, register_source
+    from .encoders.compatible import CompatibleEncoder
     from .errors import InputError, MMAlignError
     from .features import Features, extract_features, load_features
+    from .fine_tuning import fine_tune_compatible
     from .imaging import ImagePreprocessing, read_image
     from .layer_selection import layer_scores
+    from .spherical_interpolation import interpolate_queries, padded_procrustes
     from .structure import structure_loss
 
 __getattr__, __dir__, _names = lazy_loader.attach(
@@ -27,13 +31,17 @@ __getattr__, __dir__, _names = lazy_loader.attach(
     submodules=["metrics"],
     submod_attrs={
         "alignment": ["Alignment", "Pairs", "align", "align_encoders", "align_many", "load_alignment"],
+        "compatible_maps": ["fit_compatible_maps"],
         "conse": ["class_bridge"],
         "contrastive": ["clip_loss", "siglip_loss"],
         "encoders": ["DEFAULT_SPEC", "Encoder", "JoinedEncoder", "load_encoder", "register_source"],
+        "encoders.compatible": ["CompatibleEncoder"],
         "errors": ["InputError", "MMAlignError"],
         "features": ["Features", "extract_features", "load_features"],
+        "fine_tuning": ["fine_tune_compatible"],
         "imaging": ["ImagePreprocessing", "read_image"],
         "layer_selection": ["layer_scores"],
+        "spherical_interpolation": ["interpolate_queries", "padded_procrustes"],
         "structure": ["structure_loss"],
     },
 )
