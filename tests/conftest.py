@@ -5,6 +5,7 @@ The tiny ones have random weights and are built from configurations, as no hub i
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -33,6 +34,19 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+_modules_at_the_last_freeze = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Spare garbage collections what newly imported libraries hold: a pass over all of it takes a third of a second."""
+    global _modules_at_the_last_freeze
+    if len(sys.modules) > _modules_at_the_last_freeze + 300:
+        gc.collect()
+        gc.freeze()
+        _modules_at_the_last_freeze = len(sys.modules)
 
 
 class CommandResult(NamedTuple):
