@@ -15,16 +15,37 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def tiny_pipelines_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tiny:sdxl` and the like give a copy of one that was built before: building takes a third of a second."""
-    monkeypatch.setattr("generation.pipelines.tiny_pipeline", lambda family: copy.deepcopy(_built(family)))
+def tiny_pipelines_built_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """`tiny:sdxl` and the like give a copy of one that was built before: building takes a third of a second.
+
+    So do the tests' own calls, except for those in the tests of `tiny_pipeline` itself.
+    """
+    monkeypatch.setattr("generation.pipelines.tiny_pipeline", _copied)
+    if hasattr(request.module, "tiny_pipeline") and not request.module.__name__.endswith("test_tiny"):
+        monkeypatch.setattr(request.module, "tiny_pipeline", _copied)
+
+
+def _copied(family: str = "sdxl", **options: Any) -> Any:
+    return copy.deepcopy(_built(family, **options))
 
 
 @functools.cache
-def _built(family: str) -> Any:
+def _built(family: str, **options: Any) -> Any:
     from generation import tiny_pipeline
 
-    return tiny_pipeline(family)
+    return tiny_pipeline(family, **options)
+
+
+@pytest.fixture
+def curves() -> None:
+    """Ask for this to have the test's runs draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def curves_only_where_asked_for(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing takes as long as a tiny run of a few steps."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("generation.training.trainer.draw_curves", lambda metrics, path, panels: path)
 
 
 @pytest.fixture(scope="session")

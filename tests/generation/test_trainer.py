@@ -115,6 +115,7 @@ def test_overfitting_eight_pairs_ranks_them_all_right_and_denoises_winners_bette
 def test_every_method_lowers_its_own_loss(method, run, tmp_path, photo_pairs):
     extra = {"pretraining_data": str(photo_pairs)} if method == "rwl" else {}
     fixed = {"adaptation": "full", "learning_rate": 3e-3, "batch_size": 8, "accumulation": 1, "steps": 14}
+    fixed |= {"checkpoint_every": 14, "probe_size": 0}
     run(METHODS[method], beta=20.0, **fixed) if method == "diffusion-dpo" else run(METHODS[method], **fixed, **extra)
     losses = [row["loss"] for row in metrics(tmp_path / "run") if row["step"]]
     assert sum(losses[-4:]) < sum(losses[:4]) * 0.95
@@ -318,7 +319,7 @@ def test_two_runs_cannot_share_a_folder(run, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"alpha": 2.0}, {"rslora": True, "alpha": 16.0}, {"dora": True}])
 def test_both_exports_give_the_trainers_own_output(settings, run, tmp_path):
     pipeline = tiny_pipeline("sdxl")
-    report = run(pipeline=pipeline, learning_rate=5e-2, **settings)
+    report = run(pipeline=pipeline, learning_rate=5e-2, steps=2, probe_size=0, **settings)
     wanted = 1 if settings.get("dora") else 2
     assert len(report.exported) == wanted
     inputs = {
@@ -440,8 +441,8 @@ def test_gradient_checkpointing_changes_nothing(run, tmp_path, whole):
 
 
 def test_gradient_checkpointing_leaves_the_reference_alone(run, tmp_path):
-    run(DiffusionDPOTrainer, output="plain")
-    run(DiffusionDPOTrainer, output="checkpointed", gradient_checkpointing=True)
+    run(DiffusionDPOTrainer, output="plain", steps=2)
+    run(DiffusionDPOTrainer, output="checkpointed", gradient_checkpointing=True, steps=2)
     for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"), strict=True):
         assert one.keys() == other.keys()
         assert all(other[key] == pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in one.items())

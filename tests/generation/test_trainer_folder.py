@@ -61,13 +61,13 @@ def test_a_refused_run_leaves_settings_and_log_as_they_were(run, photo_pairs, tm
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer.json", "pytorch_lora_weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{bad", b"{}"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(name, content, run, photo_pairs):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(name, run, photo_pairs):
     newest = run / "checkpoints" / "step-000002"
-    (newest / name).write_bytes(content)
-    with pytest.raises(InputError, match=r"step-000002' is damaged .*delete it") as caught:
-        go_on(run, photo_pairs)
-    assert "\n" not in str(caught.value)
+    for content in (b"", b"{bad", b"{}"):
+        (newest / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"step-000002' is damaged .*delete it") as caught:
+            go_on(run, photo_pairs)
+        assert "\n" not in str(caught.value)
     shutil.rmtree(newest)
     assert go_on(run, photo_pairs).resumed_from == 1
 

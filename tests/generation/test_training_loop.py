@@ -109,7 +109,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_prompts_alone_are_trained_on_and_an_interrupted_run_ends_as_the_undisturbed_one(
-    run: Run, tmp_path: Path
+    run: Run, tmp_path: Path, curves: None
 ) -> None:
     schedule = {"lr_schedule": "linear", "ema_decay": 0.5}
     report = run("whole", **schedule)
