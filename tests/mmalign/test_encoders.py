@@ -501,7 +501,7 @@ def test_batches_as_one_array(tiny_open_clip: Encoder) -> None:
 
 def test_order_is_kept_with_many_workers(tiny_open_clip: Encoder) -> None:
     """Large and small images in turn, so that threads finish out of order."""
-    images = [Image.new("RGB", (2400, 2000) if i % 2 else (32, 32), (5 * i, 255 - 5 * i, 128)) for i in range(48)]
+    images = [Image.new("RGB", (1200, 1000) if i % 2 else (32, 32), (5 * i, 255 - 5 * i, 128)) for i in range(48)]
     blobs = []
     for image in images:
         stream = io.BytesIO()
