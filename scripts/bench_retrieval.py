@@ -2,6 +2,7 @@
 
     python scripts/bench_retrieval.py indexing     images/s against bare decoding, the bare model and clip-retrieval
     python scripts/bench_retrieval.py search       latency and recall against bare FAISS at 10k, 100k, 1M x 512
+    python scripts/bench_retrieval.py upgrade      latency while the encoder is being replaced, against one partition
     python scripts/bench_retrieval.py memory       peak memory of building an index of 1M x 512
 
 The encoder is open_clip's ViT-B-32 with random weights: speed does not depend on what the weights say. Synthetic
@@ -38,11 +39,16 @@ def main() -> None:
     searching = commands.add_parser("search")
     searching.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     searching.add_argument("--queries", type=int, default=500)
+    upgrading = commands.add_parser("upgrade")
+    upgrading.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
+    upgrading.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.25, 0.5, 0.75, 0.95])
+    upgrading.add_argument("--queries", type=int, default=300)
     memory = commands.add_parser("memory")
     memory.add_argument("--rows", type=int, default=1_000_000)
     memory.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    {"indexing": bench_indexing, "search": bench_search, "memory": bench_memory}[arguments.command](arguments)
+    benches = {"indexing": bench_indexing, "search": bench_search, "upgrade": bench_upgrade, "memory": bench_memory}
+    benches[arguments.command](arguments)
 
 
 # -- indexing ----------------------------------------------------------------------------------------------------------
@@ -229,6 +235,73 @@ def bench_search(arguments: argparse.Namespace) -> None:
 def recall(found: np.ndarray, truth: np.ndarray) -> float:
     """Mean share of the true ten that were found."""
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, truth, strict=True)]))
+
+
+# -- searching while the encoder is being replaced ---------------------------------------------------------------------
+
+
+def bench_upgrade(arguments: argparse.Namespace) -> None:
+    """One text-like query at a time by both partitions, bridge and merging included; and the Procrustes fit."""
+    import torch
+
+    from mmalign.score_calibration import ScoreCalibration
+    from mmalign.spherical_interpolation import padded_procrustes
+    from retrieval import ImageIndex
+    from retrieval.draft import Draft
+    from retrieval.faiss_module import import_faiss
+    from retrieval.finishing import derive
+    from retrieval.query_rows import QueryRows
+    from retrieval.recorded_encoder import describe_vectors
+    from retrieval.upgrading.bridge import Bridge, KindBridge
+    from retrieval.upgrading.part import UpgradePart, new_entry
+
+    random = np.random.default_rng(4)
+    pairs = [torch.from_numpy(random.standard_normal((20_000, 768), np.float32)) for _ in range(2)]
+    print(f"Procrustes fit of 20,000 x 768 pairs: {seconds(partial(padded_procrustes, *pairs)):.1f} s")
+    print("    rows  FAISS type        one, ms    embedded anew: ms (ratio to one partition)")
+    for rows in arguments.sizes:
+        _, texts = make_world(rows)
+        tuning, queries = texts(200, random), texts(arguments.queries, random)
+        rotation = np.linalg.qr(random.standard_normal((512, 512)))[0].astype(np.float32)
+        with tempfile.TemporaryDirectory() as temporary:
+            vectors = write_world(Path(temporary) / "vectors.npy", rows)
+            alone = ImageIndex.from_vectors(vectors, Path(temporary) / "alone", text_queries=tuning)
+            shutil.copytree(Path(temporary) / "alone", Path(temporary) / "both")
+            both = ImageIndex.open(Path(temporary) / "both")
+            order, cells = random.permutation(rows), []
+            scale = ScoreCalibration(0.6, 0.1, 0.2, 0.1)
+            moved = 0
+            for share in arguments.shares:
+                with both.store.write() as writer:
+                    draft = Draft(writer, both.store.read_manifest())
+                    if draft.upgrade is None:
+                        draft.upgrade = UpgradePart(writer, new_entry(describe_vectors(512), "synthetic"))
+                        bridge = Bridge({"text": KindBridge("slerp", 0.5, rotation.T.copy(), None, scale, scale)}, {})
+                        draft.upgrade.about |= {"stage": "running", "modes": {"text": "merged"}}
+                        draft.upgrade.about["bridge"] = bridge.write(writer)
+                    chosen = np.sort(order[moved : round(share * rows)])
+                    moved = round(share * rows)
+                    for part in np.array_split(chosen, max(1, len(chosen) // 50_000)):
+                        draft.upgrade.take(part, vectors[part] @ rotation)
+                    derive(draft, draft.upgrade, draft.upgrade.alive(draft.alive()))
+                    draft.checkpoint()
+                both.refresh()
+                live, one = both.snapshot, alone.snapshot
+                faiss = import_faiss()
+                faiss.omp_set_num_threads(1)
+                asked = [QueryRows("text", q[None], q[None] @ rotation) for q in queries]
+                plain = [QueryRows("text", q[None]) for q in queries]
+                live.find(asked[0], 10)
+                one.find(plain[0], 10)
+                times: list[list[float]] = [[], []]
+                for a, b in zip(plain, asked, strict=True):  # alternating, so that a neighbour disturbs both alike
+                    times[0].append(seconds(partial(one.find, a, 10)))
+                    times[1].append(seconds(partial(live.find, b, 10)))
+                faiss.omp_set_num_threads(os.cpu_count() or 1)
+                single, double = (1e3 * float(np.median(values)) for values in times)
+                cells.append(f"{share:.0%}: {double:.3f} ({double / single:.2f})")
+            kind = alone.manifest["faiss"]["factory"]
+            print(f"{rows:>8,}  {kind:<16}  {single:>7.3f}    " + "  ".join(cells), flush=True)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

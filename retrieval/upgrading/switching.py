@@ -61,6 +61,7 @@ def roll_back(store: Store) -> None:
             draft = Draft(writer, manifest)
             draft.touch()
             draft.checkpoint()
+            _clear_leftovers(store)
             return
         about = manifest.get("upgraded")
         archive = store.folder / about["archive"] if about and about["archive"] else None
@@ -169,6 +170,7 @@ def _archive(store: Store, manifest: Manifest) -> Path:
     """The index as it is without the upgrade, as an index of its own inside the folder; its files are linked."""
     target = store.folder / f"archive-{manifest['generation']:06d}"
     roots = store_roots(resolve_roots(manifest["roots"], store.folder), target)
+    _clear_leftovers(store)
     remedy = "make room, or finish without an archive (--delete-old)"
     with whole_folder(target, remedy=remedy) as fresh, Store(fresh).create() as writer:
         names = _own_files(manifest)
@@ -176,6 +178,12 @@ def _archive(store: Store, manifest: Manifest) -> Path:
             writer.adopt(store.folder / name, manifest["files"][name])
         writer.publish({**manifest, "upgrade": None, "roots": roots}, names)
     return target
+
+
+def _clear_leftovers(store: Store) -> None:
+    """Half an archive of a run that was killed: its links would keep the old files on the disk."""
+    for path in store.folder.glob(".archive-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(writer: Writer, archive: Store) -> None:
