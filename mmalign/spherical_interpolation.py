@@ -18,7 +18,7 @@ from .checks import in_range
 from .errors import InputError
 from .representation_similarity import check_pairs, check_rows, widened
 
-__all__ = ["interpolate_queries", "pad_columns", "padded_procrustes", "slerp"]
+__all__ = ["interpolate_queries", "pad_columns", "padded_procrustes", "point_between", "slerp"]
 
 CHUNK = 4096  # rows held in float64 at once
 
@@ -100,6 +100,13 @@ def slerp(
     check_rows("end", end, least=0)
     in_range("alpha", alpha, 0, 1)
     in_range("eps", eps, 0, 0.5)
+    return point_between(start, end, alpha, eps)
+
+
+def point_between(
+    start: Float[Tensor, "q d"], end: Float[Tensor, "q d"], alpha: float, eps: float = 1e-7
+) -> Float[Tensor, "q d"]:
+    """`slerp` without its checks, for callers that search one query at a time."""
     eps = max(eps, torch.finfo(start.dtype).eps)
     theta = (start * end).sum(1, keepdim=True).clamp(-1 + eps, 1 - eps).acos()
     between = (((1 - alpha) * theta).sin() * start + (alpha * theta).sin() * end) / theta.sin()

@@ -1,4 +1,4 @@
-"""README's snippets on joining two encoders run as they stand, on photographs and made-up tables."""
+"""README's snippets run as they stand: joining two encoders on photographs, an upgrade on an index of colours."""
 
 from __future__ import annotations
 
@@ -15,12 +15,32 @@ from retrieval import ImageIndex
 README = Path(__file__).parents[1] / "README.md"
 
 
+def python_block(title: str) -> str:
+    """The only Python of a section."""
+    section = README.read_text(encoding="utf-8").partition(title)[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str(block)
+
+
+def test_upgrading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "retrieval"))
+    import colour_encoder
+
+    monkeypatch.chdir(tmp_path)
+    colour_encoder.paint_folder(tmp_path / "photos", 60).rename(tmp_path / "captions.jsonl")
+    ImageIndex.build("photos", encoder="colour:weak")
+    made: dict[str, Any] = {"__name__": "pasted"}
+    exec(python_block("## Change the encoder").replace('"ENCODER"', '"colour:strong"'), made)
+    assert "advice: " in capsys.readouterr().out
+    assert len(made["hits"]) == 10
+    assert ImageIndex.open("photos").manifest["encoder"]["spec"] == "colour:weak", "rolled back"
+
+
 @pytest.mark.slow
 def test_joining_encoders(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photos: Path, captions: list[dict[str, Any]]
 ) -> None:
-    section = README.read_text(encoding="utf-8").partition("## Join two encoders")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    block = python_block("## Join two encoders")
     random = np.random.default_rng(0)
     shared = random.normal(size=(2, 60, 6))
     for name, hidden in zip(("audio", "depth"), shared, strict=True):

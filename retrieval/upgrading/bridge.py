@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from mmalign.errors import IndexDamagedError
 from mmalign.score_calibration import ScoreCalibration
-from mmalign.spherical_interpolation import interpolate_queries
+from mmalign.spherical_interpolation import pad_columns, point_between
 
 from ..query_rows import QueryRows
 from ..storage import Writer
@@ -65,14 +65,12 @@ class KindBridge:
             assert old is not None
             return old
         assert new is not None
-        rows, matrix = torch.from_numpy(new), torch.from_numpy(self.matrix)
-        if self.offset is None and self.alpha < 1:
+        mapped = torch.from_numpy(new @ self.matrix)
+        if self.offset is not None:
+            mapped += torch.from_numpy(self.offset)
+        elif self.alpha < 1:
             assert old is not None
-            mapped = interpolate_queries(torch.from_numpy(old), rows, matrix, self.alpha)
-        else:
-            mapped = rows @ matrix
-            if self.offset is not None:
-                mapped = mapped + torch.from_numpy(self.offset)
+            mapped = point_between(pad_columns(torch.from_numpy(old), mapped.shape[1]), mapped, self.alpha)
         # The old vectors have no further coordinates, as if they were zero there.
         found: np.ndarray = normalize(mapped[:, :dim], dim=1).numpy()
         return found

@@ -66,7 +66,8 @@ def measure_modes(
             continue
         if mode == "bridged" and (one is None or (one.needs_old and kept.old is None)):
             continue
-        if mode == "merged" and (one is None or one.bridged is None or one.renewed is None or not live.alive.any()):
+        calibrated = one is not None and one.bridged is not None and one.renewed is not None
+        if mode == "merged" and live.remaining_count and not calibrated:
             continue
         found = live.find(kept.rows(kind), 10, mode=mode).rows == rows[there][:, None]
         figures[mode] = (float(found[:, 0].mean()), float(found.any(axis=1).mean()))

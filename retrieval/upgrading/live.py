@@ -6,7 +6,8 @@ the new partition has grown:
     old       the old encoder's query on the old vectors, as if there were no upgrade
     bridged   the new encoder's query, brought to the old space, on the old vectors
     merged    bridged on the old vectors of what has not been embedded again, the new encoder's query on the new
-              vectors of the rest, both rankings sorted by calibrated scores (`mmalign.score_calibration`)
+              vectors of the rest, both rankings sorted by calibrated scores (`mmalign.score_calibration`); once all
+              is embedded, the new encoder's query on the new vectors
 """
 
 from __future__ import annotations
@@ -69,8 +70,13 @@ class LiveUpgrade:
         return mask
 
     @cached_property
-    def _remaining_count(self) -> int:
+    def remaining_count(self) -> int:
+        """How many these are."""
         return int(np.count_nonzero(self.remaining))
+
+    @cached_property
+    def _own_count(self) -> int:
+        return int(np.count_nonzero(self.own_alive))
 
     @cached_property
     def _alive_count(self) -> int:
@@ -89,7 +95,7 @@ class LiveUpgrade:
         mode = self.mode(kind)
         if mode == "old":
             return True, False
-        return self.bridge.kinds[kind].needs_old, True
+        return bool(mode == "bridged" or self.remaining_count) and self.bridge.kinds[kind].needs_old, True
 
     def stored(self, row: int) -> Float[np.ndarray, "1 new_dim"] | None:
         """The new vector of an old row; `None` if it has none yet."""
@@ -115,57 +121,52 @@ class LiveUpgrade:
             mode: another one than is in force, to try it.
         """
         mode = mode or self.mode(query.kind)
-        one = self.bridge.kinds.get(query.kind) or KindBridge("old", 0.0)
-        if mode == "old":
-            one = KindBridge("old", 0.0)
-        own = one.queries(query.old, query.new, self.own.dim)
-        if mode != "merged":
-            allowed = self.own_alive if mask is None else self.own_alive & mask
-            scores, rows = self.own.search(own, k, allowed, exact=exact)
-            return Found(scores, rows, self._old_match(one, scores, query.kind))
+        if mode == "merged":
+            return self._merged(query, k, mask, exact) if self.remaining_count else self._renewed(query, k, mask, exact)
+        one = self.bridge.kinds[query.kind] if mode == "bridged" else KindBridge("old", 0.0)
+        allowed, kept = (self.own_alive, self._own_count) if mask is None else (self.own_alive & mask, None)
+        rows = one.queries(query.old, query.new, self.own.dim)
+        scores, found = self.own.search(rows, k, allowed, kept=kept, exact=exact)
+        return Found(scores, found, self._old_match(one, scores, query.kind))
+
+    def _renewed(self, query: QueryRows, k: int, mask: Bool[np.ndarray, " old_rows"] | None, exact: bool) -> Found:
+        """By new vectors alone."""
         assert query.new is not None
+        allowed, kept = (self.alive, self._alive_count) if mask is None else (self.alive & mask[self.places], None)
+        scores, rows = self.partition.search(query.new, k, allowed, kept=kept, exact=exact)
+        calibration = self.partition.calibration
+        matches = calibration.match(scores, query.kind) if calibration else None
+        return Found(scores, np.where(rows >= 0, self.places[rows], -1), matches, rows >= 0)
+
+    def _merged(self, query: QueryRows, k: int, mask: Bool[np.ndarray, " old_rows"] | None, exact: bool) -> Found:
+        one = self.bridge.kinds[query.kind]
         assert one.bridged is not None
         assert one.renewed is not None
-        old_scores, old_rows = self.own.search(
-            own,
+        scores, rows = self.own.search(
+            one.queries(query.old, query.new, self.own.dim),
             k,
             self.remaining if mask is None else self.remaining & mask,
-            kept=self._remaining_count if mask is None else None,
+            kept=self.remaining_count if mask is None else None,
             selector=self._selector if mask is None else None,
             exact=exact,
         )
-        new_scores, new_rows = self.partition.search(
-            query.new,
-            k,
-            self.alive if mask is None else self.alive & mask[self.places],
-            kept=self._alive_count if mask is None else None,
-            exact=exact,
-        )
-        common = np.concatenate(
-            [one.bridged.log_likelihood_ratio(old_scores), one.renewed.log_likelihood_ratio(new_scores)], axis=1
-        )
-        rows = np.concatenate([old_rows, np.where(new_rows >= 0, self.places[new_rows], -1)], axis=1)
-        by_new = np.zeros(rows.shape, bool)
-        by_new[:, old_rows.shape[1] :] = True
-        scores = np.concatenate([old_scores, new_scores], axis=1)
-        matches = self._matches(one, old_scores, new_scores, query.kind)
-        order = np.lexsort((rows, -common), axis=1)[:, :k]
-        picked = [np.take_along_axis(values, order, axis=1) for values in (scores, rows, by_new)]
-        return Found(
-            picked[0], picked[1], None if matches is None else np.take_along_axis(matches, order, axis=1), picked[2]
-        )
+        renewed = self._renewed(query, k, mask, exact)
+        common = [one.bridged.log_likelihood_ratio(scores), one.renewed.log_likelihood_ratio(renewed.scores)]
+        both = np.concatenate([rows, renewed.rows], axis=1)
+        order = np.lexsort((both, -np.concatenate(common, axis=1)), axis=1)[:, :k]
 
-    def _matches(
-        self, one: KindBridge, old_scores: np.ndarray, new_scores: np.ndarray, kind: str
-    ) -> Float[np.ndarray, "q k2"] | None:
-        """NaN where only the other partition knows its chance levels."""
-        calibration = self.partition.calibration
-        new = calibration.match(new_scores, kind) if calibration else None
-        old = self._old_match(one, old_scores, kind)
-        if old is None and new is None:
-            return None
-        unknown = np.full(old_scores.shape, np.nan)
-        return np.concatenate([unknown if old is None else old, unknown if new is None else new], axis=1)
+        def best(old: np.ndarray | None, new: np.ndarray | None, unknown: Any) -> np.ndarray:
+            parts = [np.full(scores.shape, unknown) if part is None else part for part in (old, new)]
+            return np.take_along_axis(np.concatenate(parts, axis=1), order, axis=1)
+
+        matches = self._old_match(one, scores, query.kind)
+        known = matches is not None or renewed.matches is not None
+        return Found(
+            best(scores, renewed.scores, -np.inf),
+            best(rows, renewed.rows, -1),
+            best(matches, renewed.matches, np.nan) if known else None,
+            best(None, renewed.by_new, False),
+        )
 
     def _old_match(self, one: KindBridge, scores: np.ndarray, kind: str) -> np.ndarray | None:
         if one.how == "old" or one.alpha == 0:

@@ -248,9 +248,9 @@ class IndexUpgrade:
 
         Args:
             order: in which images are embedded: "density" (the most isolated first), "random", "class-mean:COLUMN" (the
-                farthest from the mean of their class first, arXiv 2509.16664), "access:COLUMN" (the most used first),
-                or a callable that gives a key for each of [n, dim] old vectors, highest first. COLUMN is one of your
-                metadata. "auto" is density up to 100,000 images and random beyond.
+                farthest from the mean of their class first, as in arXiv 2509.16664 but on the old vectors),
+                "access:COLUMN" (the most used first), or a callable that gives a key for each of [n, dim] old vectors,
+                highest first. COLUMN is one of your metadata. "auto" is density up to 100,000 images, then random.
             seed: of a random order.
             force: also where the report advises against it.
             progress: show bars.

@@ -3,8 +3,9 @@
 An image is its mean colour, a text of three numbers ("200 40 7") that colour, any other text one by chance. A colour
 becomes 12 smooth features, the same for all of these encoders; an encoder turns them into its own space by a fixed
 random rotation, and adds noise that depends on the very pixels or words: the more, the weaker it is. `colour:weak` has
-16 dimensions, `colour:strong` 24, `colour:images` is the strong one without texts; importing this module makes them
-known to `load_encoder`.
+16 dimensions, `colour:strong` 24, `colour:images` is the strong one without texts; `colour:trained` is as good and
+says, as `CompatibleEncoder` does, that its first 16 dimensions are those of the weak one. Importing this module makes
+them known to `load_encoder`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmalign.encoders import Encoder, register_source
 from mmalign.imaging import ImagePreprocessing
 
 FEATURES = 12
-SPECS = {"weak": (16, 0.45, 1), "strong": (24, 0.08, 2), "images": (24, 0.08, 3)}
+SPECS = {"weak": (16, 0.45, 1), "strong": (24, 0.08, 2), "images": (24, 0.08, 3), "trained": (24, 0.08, 4)}
 
 
 class ColourEncoder(Encoder):
@@ -39,6 +40,10 @@ class ColourEncoder(Encoder):
         preprocessing = ImagePreprocessing(size=(8, 8), resize="squash", mean=half, std=half)
         random = np.random.default_rng(seed)
         rotation = np.linalg.qr(random.standard_normal((dim, dim)))[0][:FEATURES]
+        if name == "trained":
+            weak = ColourEncoder("weak")
+            self.compatible_with = weak.fingerprint
+            rotation = np.hstack([weak.model.rotation.numpy(), 0.3 * rotation[:, : dim - weak.dim]])
         model = nn.Module()
         model.register_buffer("rotation", torch.from_numpy(rotation.astype(np.float32)))
         super().__init__(model, spec=f"colour:{name}", dim=dim, preprocessing=preprocessing)

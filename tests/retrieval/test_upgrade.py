@@ -184,6 +184,26 @@ def test_texts_and_images_as_support(fresh: World, tmp_path: Path) -> None:
     assert fresh.upgrade.measure(tmp_path / "more", sample=SAMPLE).pairs["images"] == bare["images"] + 30
 
 
+def test_an_encoder_trained_to_be_compatible_needs_no_pairs(fresh: World) -> None:
+    trained = ColourEncoder("trained")
+    upgrade = IndexUpgrade(fresh.photos, trained, encoder=fresh.weak)
+    report = upgrade.measure(fresh.captions, sample=SAMPLE)
+    for one in report.kinds.values():
+        assert "compatible" in one.figures
+        assert one.compatible["compatible"]
+    upgrade.start(force=True)
+    index = fresh.open()
+    live = index.snapshot.upgrade
+    assert live is not None
+    texts = ["200 40 7", "10 90 160"]
+    cut = trained.encode_texts(texts)[:, :16]
+    one = live.bridge.kinds["text"]
+    if one.how == "compatible":
+        assert not one.needs_old
+        expected = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+        np.testing.assert_allclose(one.queries(None, trained.encode_texts(texts), 16), expected, atol=1e-6)
+
+
 def test_too_few_pairs_fit_no_bridge_and_promise_nothing(fresh: World) -> None:
     images_only = IndexUpgrade(fresh.photos, fresh.strong, encoder=fresh.weak)
     report = images_only.measure(sample=8)
@@ -199,6 +219,11 @@ def test_too_few_pairs_fit_no_bridge_and_promise_nothing(fresh: World) -> None:
     assert set(report.kinds["image"].figures) == {"old/old", "new/new"}
     assert any("no bridge was fitted: 10 pairs for spaces of 24 and 24" in note for note in report.notes)
     assert report.kinds["image"].chosen == "old"
+    upgrade.start(force=True)
+    upgrade.backfill()
+    assert upgrade.status().modes == {"image": "merged"}, "measured again when all is embedded"
+    upgrade.finish()
+    assert names(fresh.open().search(fresh.photos / "0" / "000.png", k=1)) == ["0/000.png"]
 
 
 # -- searching on the way ----------------------------------------------------------------------------------------------
