@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +217,23 @@ def test_the_derived_files_of_an_upgrade_are_rebuilt(start: Path, tmp_path: Path
     upgrade.backfill()
     upgrade.finish()
     assert ImageIndex.open(out).verify() == []
+
+
+@pytest.mark.slow
+def test_searched_by_two_processes_while_a_third_upgrades(start: Path, run: Run, tmp_path: Path) -> None:
+    out, captions = tmp_path / "out", start / "photos.jsonl"
+    shutil.copytree(start / "measured", out)
+    search = (
+        "import sys, colour_encoder; from retrieval import ImageIndex\n"
+        "for _ in range(40): assert len(ImageIndex.open(sys.argv[1]).search('200 40 7', k=99)) == 48\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    searching = subprocess.Popen([sys.executable, "-c", search, str(out)], env=environment)
+    with ThreadPoolExecutor(1) as pool:
+        upgrading = pool.submit(run, "upgrade", captions, out, -1, None)
+        while not upgrading.done():
+            assert len(ImageIndex.open(out).search("200 40 7", k=99)) == IMAGES
+    assert upgrading.result()[0] == 0
+    assert searching.wait(120) == 0
+    assert IndexUpgrade(out).status().stage == "finished"
