@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from .vectors import Vectors
+from .vectors import ChosenRows, Vectors
 
 __all__ = ["exact_search", "merge_top", "rescore"]
 
 
 def exact_search(
-    vectors: Vectors,
+    vectors: Vectors | ChosenRows,
     queries: Float[np.ndarray, "q dim"],
     k: int,
     *,
@@ -57,7 +57,7 @@ def merge_top(
 
 
 def rescore(
-    vectors: Vectors, queries: Float[np.ndarray, "q dim"], rows: Int[np.ndarray, "q c"], k: int
+    vectors: Vectors | ChosenRows, queries: Float[np.ndarray, "q dim"], rows: Int[np.ndarray, "q c"], k: int
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """Replace approximate scores by exact inner products and keep the k best; row -1 stays last."""
     if len(queries) == 1:

@@ -24,7 +24,7 @@ from .exact import exact_search, rescore
 from .faiss_module import faiss_reason, import_faiss
 from .index_types import Traits, make_index
 from .storage import verify_command
-from .vectors import Vectors
+from .vectors import ChosenRows, Vectors
 
 __all__ = [
     "EXACT_ROWS",
@@ -43,6 +43,7 @@ __all__ = [
 
 # Up to here an exact scan over half-precision rows is fast enough for anybody.
 EXACT_ROWS = 50_000
+_EXACT_IN_PARTITIONS = 4096
 # Beyond this many for each result wanted, another index type serves better.
 _MOST_CANDIDATES = 240
 
@@ -78,7 +79,14 @@ class Tuning:
         }
 
 
-def choose_plan(rows: int, dim: int, *, factory: str | None = None, memory_bytes: int | None = None) -> Plan:
+def choose_plan(
+    rows: int,
+    dim: int,
+    *,
+    factory: str | None = None,
+    memory_bytes: int | None = None,
+    collection: int | None = None,
+) -> Plan:
     """The index type for `rows` vectors of width `dim`.
 
     Up to 50,000 rows: exact scan over half-precision rows. Up to a million: inverted lists over 8-bit rows. Above, or
@@ -90,25 +98,29 @@ def choose_plan(rows: int, dim: int, *, factory: str | None = None, memory_bytes
         dim: their width.
         factory: any FAISS factory string or registered type, instead of the choice.
         memory_bytes: what the FAISS index may take in memory; a half of the machine's by default.
+        collection: rows of the whole index, where these are one partition of it: what is quick for a small index would
+            be most of the time that a large one takes.
 
     Raises:
         InputError: the factory is not known, or has more lists than there are rows.
     """
-    chosen = factory if factory is not None else _by_size(rows, dim, memory_bytes)
+    chosen = factory if factory is not None else _by_size(rows, dim, memory_bytes, max(rows, collection or 0))
     return Plan(chosen, factory is None, make_index(chosen, dim, rows)[1])
 
 
-def _by_size(rows: int, dim: int, memory_bytes: int | None) -> str:
-    if rows <= EXACT_ROWS:
+def _by_size(rows: int, dim: int, memory_bytes: int | None, collection: int) -> str:
+    if collection <= EXACT_ROWS or rows <= _EXACT_IN_PARTITIONS:
         return "SQfp16"
     lists = 2 ** round(math.log2(4 * math.sqrt(rows)))
     memory = memory_bytes if memory_bytes is not None else _machine_memory() // 2
-    if rows <= 1_000_000 and rows * dim <= memory:
+    if collection <= 1_000_000 and rows * dim <= memory:
         return f"IVF{lists},SQ8"
-    return f"IVF{max(lists, 4096)}" + ("_HNSW32" if rows > 1_000_000 else "") + ",RaBitQfs"
+    return (
+        f"IVF{max(lists, 4096) if rows > EXACT_ROWS else lists}" + ("_HNSW32" if rows > 1_000_000 else "") + ",RaBitQfs"
+    )
 
 
-def build(vectors: Vectors, rows: int, plan: Plan, *, progress: bool = False, seed: int = 0) -> Any:
+def build(vectors: Vectors | ChosenRows, rows: int, plan: Plan, *, progress: bool = False, seed: int = 0) -> Any:
     """Train and fill a FAISS index over the first `rows` vectors; reads them in pieces."""
     index, traits = make_index(plan.factory, vectors.dim, rows, seed)
     if not index.is_trained:
@@ -138,7 +150,7 @@ def _explained(factory: str, rows: int) -> Iterator[None]:
         ) from None
 
 
-def grow(path: Path, vectors: Vectors, start: int, stop: int) -> Any:
+def grow(path: Path, vectors: Vectors | ChosenRows, start: int, stop: int) -> Any:
     """A copy of a stored index with rows [start, stop) added to it."""
     faiss = import_faiss()
     index = faiss.read_index(str(path))
@@ -234,7 +246,7 @@ def _selecting(faiss: Any, index: Any, selector: np.ndarray, share: float) -> An
 
 def tune(
     index: Any,
-    vectors: Vectors,
+    vectors: Vectors | ChosenRows,
     rows: int,
     queries: Float[np.ndarray, "q dim"],
     plan: Plan,

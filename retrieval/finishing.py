@@ -20,9 +20,18 @@ from .faiss_index import Plan, choose_plan
 from .index_types import check_factory, is_registered
 from .options import FaissOptions
 from .part import Part
-from .vectors import Vectors, checked_rows, write_rows
+from .vectors import ChosenRows, Vectors, checked_rows, write_rows
 
-__all__ = ["AS_IT_WAS", "check_type", "derive", "finish", "needs_queries", "reference_queries", "write_queries"]
+__all__ = [
+    "AS_IT_WAS",
+    "build_faiss",
+    "check_type",
+    "derive",
+    "finish",
+    "needs_queries",
+    "reference_queries",
+    "write_queries",
+]
 
 # Rows past the FAISS index are scanned exactly: 2,000 cost 0.2 ms a query. Beyond this share they are merged in.
 MERGE_SHARE = 0.05
@@ -126,7 +135,7 @@ def derive(
     if not (force or _is_stale(draft, part)):
         return
     vectors = part.vectors()
-    _build_faiss(draft, part, vectors, rebuild, progress)
+    build_faiss(draft, part, vectors, rebuild=rebuild, progress=progress)
     size = None if part is draft.part else int(draft.alive().sum())
     calibration = Calibration.measure(vectors, alive, reference_queries(part), size=size)
     part.about["calibration"] = calibration.to_dict() if calibration else None
@@ -162,11 +171,11 @@ def _plan(draft: Draft, part: Part) -> Plan:
     settings = draft.settings
     factory, memory_bytes = settings.get("factory"), settings.get("memory_bytes")
     try:
-        return choose_plan(part.rows, part.dim, factory=factory, memory_bytes=memory_bytes)
+        return choose_plan(part.rows, part.dim, factory=factory, memory_bytes=memory_bytes, collection=draft.rows)
     except InputError:
         if not _forgiven(draft, part):
             raise
-        return choose_plan(part.rows, part.dim, memory_bytes=memory_bytes)
+        return choose_plan(part.rows, part.dim, memory_bytes=memory_bytes, collection=draft.rows)
 
 
 def _forgiven(draft: Draft, part: Part) -> bool:
@@ -183,7 +192,10 @@ def _same_type(plan: Plan, current: dict[str, Any]) -> bool:
     return bool(wanted == present)
 
 
-def _build_faiss(draft: Draft, part: Part, vectors: Vectors, rebuild: bool, progress: bool) -> None:
+def build_faiss(
+    draft: Draft, part: Part, vectors: Vectors | ChosenRows, *, rebuild: bool = True, progress: bool = False
+) -> None:
+    """Make the FAISS index of a partition, or grow it, and tune it; recorded in the partition's entry."""
     rows = len(vectors)
     plan, current = _plan(draft, part), part.about["faiss"]
     trained_on = rows
@@ -192,6 +204,7 @@ def _build_faiss(draft: Draft, part: Part, vectors: Vectors, rebuild: bool, prog
         traits = choose_plan(rows, part.dim, factory=current["factory"]).traits
         plan = Plan(current["factory"], current["by_size"], replace(traits, parameters=current["parameters"]))
         draft.writer.require_intact(draft.manifest, [current["file"]])
+        assert isinstance(vectors, Vectors)
         index = faiss_index.grow(draft.folder / current["file"], vectors, current["rows"], rows)
     else:
         try:
@@ -199,7 +212,8 @@ def _build_faiss(draft: Draft, part: Part, vectors: Vectors, rebuild: bool, prog
         except InputError:
             if plan.by_size or not _forgiven(draft, part):
                 raise
-            plan = choose_plan(rows, part.dim, memory_bytes=draft.settings.get("memory_bytes"))
+            memory_bytes = draft.settings.get("memory_bytes")
+            plan = choose_plan(rows, part.dim, memory_bytes=memory_bytes, collection=draft.rows)
             index = faiss_index.build(vectors, rows, plan, progress=progress)
     queries = reference_queries(part)
     kind = "text" if queries is not None else "image"
@@ -225,7 +239,7 @@ def reference_queries(part: Part) -> np.ndarray | None:
     return np.load(part.writer.folder / about["file"], allow_pickle=False) if about else None
 
 
-def noisy_rows(vectors: Vectors, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:
+def noisy_rows(vectors: Vectors | ChosenRows, count: int = 200, noise: float = 0.5, seed: int = 0) -> np.ndarray:
     """Queries like stored images but not equal to any: stored rows plus Gaussian noise of half their norm."""
     random = np.random.default_rng(seed)
     rows = vectors.gather(np.sort(random.choice(len(vectors), min(count, len(vectors)), replace=False)))

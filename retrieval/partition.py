@@ -15,31 +15,25 @@ from . import faiss_index
 from .calibration import Calibration
 from .row_search import search_rows
 from .storage import Manifest, Store, verify_command
-from .vectors import Vectors
+from .vectors import ChosenRows, Vectors
 
-__all__ = ["Partition"]
+__all__ = ["Partition", "SearchedRows"]
 
 
-class Partition:
-    """What the manifest, or its entry `upgrade`, says of vectors; mapped into memory, shared by threads.
+class SearchedRows:
+    """Rows with a FAISS index over them; mapped into memory, shared by threads.
 
     Attributes:
-        about: that entry.
-        dim: width of the vectors.
-        vectors: all rows.
-        calibration: chance levels of cosines.
+        about: has `faiss`, what the manifest says of that index.
+        dim: width of the rows.
+        vectors: the rows.
     """
+
+    vectors: Vectors | ChosenRows
+    dim: int
 
     def __init__(self, store: Store, manifest: Manifest, about: dict[str, Any]) -> None:
         self.store, self.manifest, self.about = store, manifest, about
-        self.dim = int(about["encoder"]["dim"])
-        self.vectors = Vectors([store.folder / segment["file"] for segment in about["segments"]], self.dim)
-        self.calibration = Calibration.from_dict(about["calibration"])
-        if len(self.vectors) != about["rows"]:
-            raise IndexDamagedError(
-                f"index {str(store.folder)!r}: {len(self.vectors)} vectors, the manifest says {about['rows']}; index "
-                "the folder again"
-            )
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -64,27 +58,6 @@ class Partition:
             )
         return index
 
-    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
-        """Unit rows of the text queries that tune and calibrate it; `None` where its encoder takes no text."""
-        about = self.about["queries"]
-        return np.load(self.store.folder / about["file"], allow_pickle=False) if about else None
-
-    def check_queries(self, queries: np.ndarray) -> Float[np.ndarray, "q dim"]:
-        """Queries as a search takes them.
-
-        Raises:
-            InputError: another width, or a row that is not of length 1.
-        """
-        queries = np.asarray(queries)
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
-        queries = np.ascontiguousarray(queries, np.float32)
-        norms = np.einsum("qd,qd->q", queries, queries)
-        if not np.all(np.abs(norms - 1) < 1e-2):
-            bad = int(np.argmax(~(np.abs(norms - 1) < 1e-2)))
-            raise InputError(f"query {bad} has length {norms[bad] ** 0.5:g}; normalise queries to length 1")
-        return queries
-
     def search(
         self,
         queries: Float[np.ndarray, "q dim"],
@@ -106,6 +79,48 @@ class Partition:
             index=lambda: self.faiss,
             selector=selector,
         )
+
+
+class Partition(SearchedRows):
+    """What the manifest, or its entry `upgrade`, says of the vectors of one encoder.
+
+    Attributes:
+        calibration: chance levels of cosines.
+    """
+
+    vectors: Vectors
+
+    def __init__(self, store: Store, manifest: Manifest, about: dict[str, Any]) -> None:
+        super().__init__(store, manifest, about)
+        self.dim = int(about["encoder"]["dim"])
+        self.vectors = Vectors([store.folder / segment["file"] for segment in about["segments"]], self.dim)
+        self.calibration = Calibration.from_dict(about["calibration"])
+        if len(self.vectors) != about["rows"]:
+            raise IndexDamagedError(
+                f"index {str(store.folder)!r}: {len(self.vectors)} vectors, the manifest says {about['rows']}; index "
+                "the folder again"
+            )
+
+    def reference_queries(self) -> Float[np.ndarray, "references dim"] | None:
+        """Unit rows of the text queries that tune and calibrate it; `None` where its encoder takes no text."""
+        about = self.about["queries"]
+        return np.load(self.store.folder / about["file"], allow_pickle=False) if about else None
+
+    def check_queries(self, queries: np.ndarray) -> Float[np.ndarray, "q dim"]:
+        """Queries as a search takes them.
+
+        Raises:
+            InputError: another width, or a row that is not of length 1.
+        """
+        queries = np.asarray(queries)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise InputError(f"queries have shape {queries.shape}; the index takes [n, {self.dim}]")
+        queries = np.ascontiguousarray(queries, np.float32)
+        norms = np.einsum("qd,qd->q", queries, queries)
+        if not np.all(np.abs(norms - 1) < 1e-2):
+            bad = int(np.argmax(~(np.abs(norms - 1) < 1e-2)))
+            raise InputError(f"query {bad} has length {norms[bad] ** 0.5:g}; normalise queries to length 1")
+        return queries
 
     def inconsistencies(self) -> Iterator[tuple[str, str]]:
         """Yield the files that contradict themselves or the manifest, and how."""

@@ -101,10 +101,9 @@ def _partitions(manifest: Manifest) -> list[dict[str, Any]]:
 def _derived(manifest: Manifest) -> set[str | None]:
     """Files that can be made again from the others, or done without."""
     parts = _partitions(manifest)
-    return {
-        manifest["skipped"],
-        *(about[kind]["file"] for about in parts for kind in ("queries", "faiss") if about[kind]),
-    }
+    files = [about[kind]["file"] for about in parts for kind in ("queries", "faiss") if about[kind]]
+    files += [about["rest"]["faiss"]["file"] for about in parts if about.get("rest")]
+    return {manifest["skipped"], *files}
 
 
 def _of_upgrade(manifest: Manifest) -> set[str | None]:

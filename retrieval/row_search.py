@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from . import faiss_index
 from .exact import exact_search, merge_top, rescore
-from .vectors import Vectors
+from .vectors import ChosenRows, Vectors
 
 __all__ = ["search_rows"]
 
@@ -21,7 +21,7 @@ _FEW_ROWS = 256  # not even a selector is worth its while
 
 
 def search_rows(
-    vectors: Vectors,
+    vectors: Vectors | ChosenRows,
     queries: Float[np.ndarray, "q dim"],
     k: int,
     *,

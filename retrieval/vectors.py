@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 
 from mmalign.errors import IndexDamagedError, InputError
 
-__all__ = ["Vectors", "as_rows", "checked_rows", "write_rows"]
+__all__ = ["ChosenRows", "Vectors", "as_rows", "checked_rows", "write_rows"]
 
 
 class Vectors:
@@ -74,6 +74,32 @@ class Vectors:
                 count = min(position + size, high) - position
                 begin = offset + (position - first) * self.dim * 4
                 yield position, np.fromfile(path, np.float32, count * self.dim, offset=begin).reshape(count, self.dim)
+
+
+class ChosenRows:
+    """Some rows of others, numbered anew; read as `Vectors` are."""
+
+    def __init__(self, vectors: Vectors, rows: Int[np.ndarray, " chosen"]) -> None:
+        """Rows are given in rising order."""
+        self.dim = vectors.dim
+        self._vectors, self._rows = vectors, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gather(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
+        """Copies of the given rows."""
+        return self._vectors.gather(self._rows[rows])
+
+    def chunks(
+        self, start: int = 0, stop: int | None = None, size: int = 65_536
+    ) -> Iterator[tuple[int, Float[np.ndarray, "n dim"]]]:
+        """Yield (first row, copy) pieces of at most `size` rows."""
+        stop = len(self) if stop is None else stop
+        for position in range(start, stop, size):
+            yield position, self.gather(np.arange(position, min(position + size, stop)))
+
+    stream = chunks
 
 
 def write_rows(file: IO[bytes], pieces: Iterable[np.ndarray], rows: int, dim: int) -> None:

@@ -6,9 +6,9 @@ keywords), without a hub. Both encoders join EfficientNet-Lite2 and all-MiniLM-L
 with its caption as a query in words.
 
 Measures on a sample, starts, and backfills in steps; after each, every query of the support set is put to the index as
-it is searched, and to the old encoder alone. When all is embedded, the report is made again on all 1,644 drawings, over
-several random splits of the queries into those that fit, choose and measure. Then it switches, and the index is compared
-with one built anew. OUT/table.md, OUT/upgrade.png, OUT/results.json.
+it is searched, and to the old encoder alone. When all is embedded, the report is made again on all drawings, for several
+random splits of the queries into those that fit, choose and measure. Then it switches, and the index is compared with
+one built anew. OUT/table.md, OUT/upgrade.png, OUT/results.json.
 """
 
 from __future__ import annotations
@@ -131,10 +131,17 @@ def on_all(folder: Path, old: Encoder, new: Encoder, captions: Path, splits: int
     stored = snapshot.vectors.gather(rows), live.partition.vectors.gather(live.new_row[rows])
     gallery = Gallery(*stored, backfill_order("density", stored[0]))
     text_of = dict(read_captions(captions))
-    texts = [text_of[item.name][0] for item in sorted(map(snapshot.items.item, range(len(rows))), key=lambda i: i.row)]
-    asked = {"text": (old.encode_texts(texts), new.encode_texts(texts), np.arange(len(rows)))}
+    items = [snapshot.items.item(position) for position in range(len(snapshot.items))]
+    texts = [text_of[item.name][0] for item in items]
+    asked = {
+        "text": (
+            old.encode_texts(texts),
+            new.encode_texts(texts),
+            np.array([place_of_row[item.row] for item in items]),
+        )
+    }
     crops = Bridge.read(folder, live.about["bridge"]).support["image"]
-    row_of = {item.id: item.row for item in map(snapshot.items.item, range(len(rows)))}
+    row_of = {item.id: item.row for item in items}
     assert crops.old is not None
     asked["image"] = crops.old, crops.new, np.array([place_of_row[row_of[int(number)]] for number in crops.items])
     runs: list[dict[str, Any]] = []
@@ -143,7 +150,8 @@ def on_all(folder: Path, old: Encoder, new: Encoder, captions: Path, splits: int
         tasks = {kind: Task(kind, "", *both, target, part[target]) for kind, (*both, target) in asked.items()}
         free = part == 0
         images = gallery.old[free], gallery.new[free]
-        words = asked["text"][0][free], asked["text"][1][free]
+        fitting = free[asked["text"][2]]
+        words = asked["text"][0][fitting], asked["text"][1][fitting]
         sources = {
             "images": images,
             "texts": words,

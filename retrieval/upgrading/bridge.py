@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from mmalign.spherical_interpolation import pad_columns, point_between
 from ..query_rows import QueryRows
 from ..storage import Writer
 
-__all__ = ["HOWS", "KINDS", "Bridge", "KindBridge", "SupportQueries"]
+__all__ = ["HOWS", "KINDS", "Bridge", "Content", "KindBridge", "SupportQueries"]
 
 KINDS = ("text", "image")
+# An item and what was in its file, as `Item.id` and `Item.sha256` say.
+Content: TypeAlias = tuple[int, str]
 HOWS = {
     "old": "old model",
     "compatible": "trained for it",
@@ -107,15 +109,23 @@ class SupportQueries:
 
 @dataclass(frozen=True)
 class Bridge:
-    """All kinds of queries that were measured, and the queries that they were measured with."""
+    """All kinds of queries that were measured, and the queries that they were measured with.
+
+    Attributes:
+        kinds: by kind of query.
+        support: alike.
+        held: new vectors of what the support set asks for, kept back until their turn comes. Were they
+            searched from the start, the support set would say nothing of images that have not been embedded again.
+    """
 
     kinds: dict[str, KindBridge]
     support: dict[str, SupportQueries]
+    held: dict[Content, Float[np.ndarray, " new_dim"]] = field(default_factory=dict)
 
     def with_levels(self, levels: dict[str, Float[np.ndarray, " references"]]) -> Bridge:
         """The same with chance levels by kind."""
         kinds = {kind: replace(one, levels=levels.get(kind, one.levels)) for kind, one in self.kinds.items()}
-        return Bridge(kinds, self.support)
+        return replace(self, kinds=kinds)
 
     def write(self, writer: Writer) -> dict[str, Any]:
         """Write the tensors; returns the manifest's entry `bridge`."""
@@ -130,6 +140,11 @@ class Bridge:
             for name in ("old", "new", "items"):
                 if (value := getattr(queries, name)) is not None:
                     tensors[f"{kind}.support.{name}"] = np.ascontiguousarray(value)
+        if self.held:
+            tensors["held.items"] = np.array([number for number, _ in self.held], np.int64)
+            digests = [np.frombuffer(bytes.fromhex(digest), np.uint8) for _, digest in self.held]
+            tensors["held.sha256"] = np.stack(digests)
+            tensors["held.vectors"] = np.stack(list(self.held.values()))
         content = save(tensors)
         name = writer.add("bridge", lambda file: file.write(content))
         return {"file": name, "kinds": {kind: one.to_dict() for kind, one in self.kinds.items()}}
@@ -172,4 +187,11 @@ class Bridge:
                 assert new is not None
                 assert items is not None
                 support[kind] = SupportQueries(old, new, items)
-        return cls(kinds, support)
+        held = {}
+        if "held.items" in tensors:
+            keys = zip(tensors["held.items"].tolist(), tensors["held.sha256"], strict=True)
+            held = {
+                (number, digest.tobytes().hex()): vector
+                for (number, digest), vector in zip(keys, tensors["held.vectors"], strict=True)
+            }
+        return cls(kinds, support, held)

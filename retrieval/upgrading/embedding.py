@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.encoders import Encoder
-from mmalign.encoders.stream import encode_stream
+from mmalign.encoders.stream import Outcome, encode_stream
 from mmalign.errors import EncoderMismatchError, InputError, UnreadableImageError
 from mmalign.imaging import DecodeSettings, read_file
 from mmalign.progress import progress_bar
@@ -27,6 +27,7 @@ from ..draft import CHECKPOINT_SECONDS, Draft
 from ..items import NO_HASH, Item, Items
 from ..snapshot import Snapshot
 from ..storage import Store
+from .bridge import Content
 from .part import UpgradePart
 
 __all__ = ["Progress", "RowOfItem", "changing", "embed_rows", "opened_upgrade"]
@@ -55,6 +56,7 @@ class Progress:
 @dataclass(frozen=True)
 class _Ready:
     item: Item
+    vector: np.ndarray | None = None
     failure: dict[str, Any] | None = None
 
 
@@ -64,6 +66,7 @@ def embed_rows(
     rows: Int[np.ndarray, " n"],
     *,
     publish: Callable[[Draft, UpgradePart], None] | None = None,
+    known: Mapping[Content, Float[np.ndarray, " dim"]] | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -77,6 +80,7 @@ def embed_rows(
         encoder: the new one.
         rows: as the index numbers them now.
         publish: called under the lock before each publication.
+        known: vectors that the encoder gave before; their files are read and compared, not encoded.
         batch_size: images a forward pass.
         workers: decoding threads.
         checkpoint_seconds: between publications, at least; longer where publishing takes more than a twentieth of it.
@@ -88,7 +92,7 @@ def embed_rows(
     """
     snapshot = Snapshot(store)
     done = Progress(0, 0.0, {})
-    ready: list[tuple[_Ready, np.ndarray | None]] = []
+    ready: list[_Ready] = []
     spent_publishing = 0.0
     begun = last = time.perf_counter()
 
@@ -106,7 +110,7 @@ def embed_rows(
         spent_publishing += last - started
         checkpoint_seconds = max(checkpoint_seconds, 20 * (last - started))
 
-    load = _loader(encoder, snapshot.decode)
+    load = _loader(encoder, snapshot.decode, known or {})
     stream = encode_stream(
         encoder, (_items_of(snapshot, row) for row in rows), load, batch_size=batch_size, workers=workers
     )
@@ -114,12 +118,8 @@ def embed_rows(
         try:
             for batch in stream:
                 for outcome in batch.outcomes:
-                    what = outcome.payload or _Ready(outcome.source[0], _failure(outcome.source[0], outcome.error))
-                    vector = None if outcome.vector is None else batch.vectors[outcome.vector]
-                    if vector is not None and not (np.isfinite(vector).all() and np.abs(vector).max() > 0):
-                        vector = None
-                        what = _Ready(what.item, _entry(what.item, "no_vector", "the encoder gives no finite vector"))
-                    ready.append((what, vector))
+                    what = _settled(outcome, batch.vectors)
+                    ready.append(what)
                     if what.failure is not None:
                         done.failed[what.item.id] = what.failure
                 done.embedded += len(batch.vectors)
@@ -169,16 +169,32 @@ def _items_of(snapshot: Snapshot, row: int) -> list[Item]:
     return [snapshot.items.item(position) for position in snapshot.items.positions_of_row(int(row))]
 
 
-def _loader(encoder: Encoder, decode: DecodeSettings) -> Callable[[list[Item]], tuple[_Ready, Tensor | None]]:
+def _settled(outcome: Outcome[list[Item], _Ready], vectors: np.ndarray) -> _Ready:
+    """What became of an image, with its vector or why there is none."""
+    if outcome.payload is None:
+        return _Ready(outcome.source[0], failure=_failure(outcome.source[0], outcome.error))
+    if outcome.vector is None:
+        return outcome.payload
+    item, vector = outcome.payload.item, vectors[outcome.vector]
+    if not (np.isfinite(vector).all() and np.abs(vector).max() > 0):  # an encoder in half precision can overflow
+        return _Ready(item, failure=_entry(item, "no_vector", "the encoder gives no finite vector"))
+    return _Ready(item, vector)
+
+
+def _loader(
+    encoder: Encoder, decode: DecodeSettings, known: Mapping[Content, np.ndarray]
+) -> Callable[[list[Item]], tuple[_Ready, Tensor | None]]:
     def load(items: list[Item]) -> tuple[_Ready, Tensor | None]:
         failure: dict[str, Any] | None = None
         for item in items:  # several files of one content: the first that still holds it
             try:
                 content = _original(item)
+                if (vector := known.get((items[0].id, items[0].sha256))) is not None:
+                    return _Ready(item, vector), None
                 return _Ready(item), encoder.load_image(content, decode)[1]
             except UnreadableImageError as error:
                 failure = failure or _failure(item, error)
-        return _Ready(items[0], failure), None
+        return _Ready(items[0], failure=failure), None
 
     return load
 
@@ -203,7 +219,7 @@ def _entry(item: Item, reason: str, message: str) -> dict[str, Any]:
     return {"id": item.id, "path": os.fspath(item.path), "reason": reason, "message": message}
 
 
-def _enter(draft: Draft, part: UpgradePart, ready: Iterable[tuple[_Ready, np.ndarray | None]]) -> None:
+def _enter(draft: Draft, part: UpgradePart, ready: Iterable[_Ready]) -> None:
     """New vectors for the rows that the items have now; what was removed or changed meanwhile is left."""
     known = draft.stored_items()
     row_of = RowOfItem(known)
@@ -211,17 +227,17 @@ def _enter(draft: Draft, part: UpgradePart, ready: Iterable[tuple[_Ready, np.nda
     rows: list[int] = []
     vectors: list[np.ndarray] = []
     left_out = {entry["id"]: entry for entry in part.left_out}
-    for what, vector in ready:
+    for what in ready:
         row = row_of(what.item.id, what.item.sha256)
         if row is None or moved[row]:
             continue
         if what.failure is not None:
             left_out[what.item.id] = what.failure
             continue
-        assert vector is not None
+        assert what.vector is not None
         moved[row] = True
         rows.append(row)
-        vectors.append(vector)
+        vectors.append(what.vector)
     if rows:
         part.take(rows, np.stack(vectors))
     part.set_left_out([e for e in left_out.values() if (row := row_of(e["id"])) is not None and not moved[row]])
@@ -237,10 +253,17 @@ class RowOfItem:
 
     def __call__(self, number: int, sha256: str | None = None) -> int | None:
         """Row of an item; `None` if there is no such item, or it has another content than the hash says."""
-        at = int(np.searchsorted(self._ids, number))
-        if at == len(self._ids) or self._ids[at] != number:
-            return None
-        place = int(self._order[at])
-        if sha256 is not None and self.items.value("sha256", place).hex() != sha256:
+        place = self._place(number)
+        if place is None or (sha256 is not None and self.sha256(number) != sha256):
             return None
         return int(self.items.numbers("row")[place])
+
+    def sha256(self, number: int) -> str:
+        """Hex digest of an item that is there."""
+        place = self._place(number)
+        assert place is not None
+        return str(self.items.value("sha256", place).hex())
+
+    def _place(self, number: int) -> int | None:
+        at = int(np.searchsorted(self._ids, number))
+        return int(self._order[at]) if at < len(self._ids) and self._ids[at] == number else None

@@ -21,10 +21,12 @@ from jaxtyping import Bool, Float, Int
 from mmalign.errors import IndexDamagedError
 
 from ..calibration import Calibration, background_rows, best_by_chance
+from ..exact import merge_top
 from ..faiss_index import selector_of
-from ..partition import Partition
+from ..partition import Partition, SearchedRows
 from ..query_rows import Found, QueryRows
 from ..storage import Manifest, Store
+from ..vectors import ChosenRows
 from .bridge import Bridge, KindBridge
 from .part import read_numbers
 
@@ -55,6 +57,7 @@ class LiveUpgrade:
             )
         self.alive = (self.places >= 0) & alive[self.places]
         self.bridge = Bridge.read(store.folder, self.about["bridge"])
+        self.rest = Rest(store, manifest, own) if self.about["rest"] else None
 
     @cached_property
     def new_row(self) -> Int[np.ndarray, " old_rows"]:
@@ -85,6 +88,20 @@ class LiveUpgrade:
     @cached_property
     def _selector(self) -> Int[np.ndarray, " bytes"]:
         return selector_of(self.remaining)
+
+    @cached_property
+    def _in_rest(self) -> tuple[Bool[np.ndarray, " rest"], int, Int[np.ndarray, " bytes"]]:
+        assert self.rest is not None
+        allowed = self.remaining[self.rest.rows]
+        return allowed, int(np.count_nonzero(allowed)), selector_of(allowed)
+
+    @cached_property
+    def _beyond_rest(self) -> Bool[np.ndarray, " old_rows"] | None:
+        """What has come since the rest was indexed; `None` if nothing has."""
+        assert self.rest is not None
+        mask = self.remaining.copy()
+        mask[: self.rest.known] = False
+        return mask if mask.any() else None
 
     def mode(self, kind: str) -> str:
         """How queries of a kind are answered now; "old" for a kind that was not measured."""
@@ -142,14 +159,14 @@ class LiveUpgrade:
         one = self.bridge.kinds[query.kind]
         assert one.bridged is not None
         assert one.renewed is not None
-        scores, rows = self.own.search(
-            one.queries(query.old, query.new, self.own.dim),
-            k,
-            self.remaining if mask is None else self.remaining & mask,
-            kept=self.remaining_count if mask is None else None,
-            selector=self._selector if mask is None else None,
-            exact=exact,
-        )
+        bridged = one.queries(query.old, query.new, self.own.dim)
+        if mask is not None:
+            scores, rows = self.own.search(bridged, k, self.remaining & mask, exact=exact)
+        elif self.rest is not None:
+            scores, rows = self._search_rest(bridged, k, exact)
+        else:
+            how: dict[str, Any] = {"kept": self.remaining_count, "selector": self._selector, "exact": exact}
+            scores, rows = self.own.search(bridged, k, self.remaining, **how)
         renewed = self._renewed(query, k, mask, exact)
         common = [one.bridged.log_likelihood_ratio(scores), one.renewed.log_likelihood_ratio(renewed.scores)]
         both = np.concatenate([rows, renewed.rows], axis=1)
@@ -168,23 +185,52 @@ class LiveUpgrade:
             best(None, renewed.by_new, False),
         )
 
+    def _search_rest(self, bridged: np.ndarray, k: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        assert self.rest is not None
+        allowed, kept, selector = self._in_rest
+        scores, places = self.rest.search(bridged, k, allowed, kept=kept, selector=selector, exact=exact)
+        rows = np.where(places >= 0, self.rest.rows[places], -1)
+        if self._beyond_rest is not None:
+            scores, rows = merge_top(scores, rows, *self.own.search(bridged, k, self._beyond_rest), k)
+        return scores, rows
+
     def _old_match(self, one: KindBridge, scores: np.ndarray, kind: str) -> np.ndarray | None:
         if one.how == "old" or one.alpha == 0:
             return self.own.calibration.match(scores, kind) if self.own.calibration else None
         return Calibration(one.levels, one.levels).match(scores, kind)
 
 
+class Rest(SearchedRows):
+    """Old rows that were still to be embedded when they were last indexed by themselves.
+
+    Attributes:
+        rows: which they are.
+        known: old rows that there were then.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, own: Partition) -> None:
+        super().__init__(store, manifest, manifest["upgrade"]["rest"])
+        self.dim, self.known = own.dim, int(self.about["rows"])
+        self.rows = read_numbers(store.folder, self.about["members"])
+        self.vectors = ChosenRows(own.vectors, self.rows)
+        if self.known > len(own) or self.rows.max(initial=-1) >= self.known:
+            raise IndexDamagedError(
+                f"index {str(store.folder)!r}: the rest of its upgrade names rows that do not exist; `mmalign upgrade "
+                "INDEX --roll-back` gives it back as it was before"
+            )
+
+
 def bridged_levels(
     store: Store, manifest: Manifest, about: dict[str, Any], alive: Bool[np.ndarray, " old_rows"]
-) -> dict[str, Any]:
-    """The kinds of a manifest's entry `bridge`, with what chance gives bridged queries on the old vectors.
+) -> dict[str, Float[np.ndarray, " references"]]:
+    """What chance gives bridged queries on the old vectors, by kind.
 
     Reference phrases by both encoders where both take text; for images, the sample, which both have seen.
     """
     own = Partition(store, manifest, manifest)
     live = LiveUpgrade(store, {**manifest, "upgrade": about}, own, alive)
     size = int(np.count_nonzero(alive))
-    kinds = {kind: dict(entry) for kind, entry in about["bridge"]["kinds"].items()}
+    levels = {}
     for kind, one in live.bridge.kinds.items():
         if kind == "text":
             old, new = own.reference_queries(), live.partition.reference_queries()
@@ -197,6 +243,6 @@ def bridged_levels(
             background = old
         if len(background) < 8:
             continue
-        levels = best_by_chance(one.queries(old, new, own.dim), background, size, leave_one_out=kind != "text")
-        kinds[kind]["levels"] = [round(float(level), 6) for level in levels]
-    return kinds
+        bridged = one.queries(old, new, own.dim)
+        levels[kind] = best_by_chance(bridged, background, size, leave_one_out=kind != "text")
+    return levels

@@ -26,7 +26,8 @@ def new_entry(encoder: dict[str, Any], spec: str) -> dict[str, Any]:
 
     Its keys `encoder`, `segments`, `rows`, `queries`, `faiss`, `calibration` and `measured` mean what the manifest's
     own mean. `places` names a file with the old row of each new row, `order` one with old rows by priority, `bridge`
-    one with maps and the support set; `left_out` the images that could not be embedded. `stage` is "measuring",
+    one with maps and the support set; `left_out` the images that could not be embedded; `rest` a FAISS index over the
+    old rows that are still to be embedded. `stage` is "measuring",
     "measured" or "running"; only in the last are searches answered with it, by `modes` (see `retrieval.upgrading.live`)
     for each kind of query.
     """
@@ -40,6 +41,7 @@ def new_entry(encoder: dict[str, Any], spec: str) -> dict[str, Any]:
         "faiss": None,
         "calibration": None,
         "measured": {},
+        "rest": None,
         "places": None,
         "order": None,
         "bridge": None,
@@ -57,6 +59,7 @@ class UpgradePart(Part):
         places: old row of each new row; -1 where that is gone.
         order: old rows in the order in which they are to be embedded; empty before the start.
         left_out: images that could not be embedded, with `id`, `path`, `reason`, `message`.
+        rest: old rows that were still to be embedded when a FAISS index of their own was made; empty without one.
     """
 
     def __init__(self, writer: Writer, about: dict[str, Any]) -> None:
@@ -65,6 +68,7 @@ class UpgradePart(Part):
         self.places = read_numbers(folder, about["places"])
         self.order = read_numbers(folder, about["order"]["file"] if about["order"] else None)
         self.left_out = read_left_out(folder, about["left_out"])
+        self.rest = read_numbers(folder, about["rest"]["members"] if about["rest"] else None)
         self._written = {"places": True, "order": True, "left_out": True}
 
     def moved(self, old_rows: int) -> Bool[np.ndarray, " old_rows"]:
@@ -79,6 +83,17 @@ class UpgradePart(Part):
             self.places = np.concatenate([self.places, np.asarray(old_rows, np.int64)])
             self.add_rows(vectors)
             self._changed("places")
+
+    def release(self, old_rows: Int[np.ndarray, " n"], *, manifest: dict[str, Any]) -> Float[np.ndarray, "n dim"]:
+        """Take new vectors out again, as if these old rows had none; returns them in the order of the rows given."""
+        new_row = dict(zip(self.places.tolist(), range(len(self.places)), strict=True))
+        vectors = self.vectors().gather(np.array([new_row[row] for row in old_rows.tolist()], np.int64))
+        kept = ~np.isin(self.places, old_rows)
+        self.rewrite(kept, manifest=manifest)
+        self.places = self.places[kept]
+        self.about["faiss"] = self.about["calibration"] = None
+        self._changed("places")
+        return vectors
 
     def set_order(self, how: str, rows: Int[np.ndarray, " n"]) -> None:
         """Say in which order the rest is to be embedded."""
@@ -99,6 +114,15 @@ class UpgradePart(Part):
         order = rows[self.order]
         self.order = order[order >= 0]
         self._changed("places", "order")
+        self.set_rest(None)
+
+    def set_rest(self, about: dict[str, Any] | None, rows: Int[np.ndarray, " rest"] | None = None) -> None:
+        """Replace the FAISS index over old rows that are still to be embedded."""
+        self.rest = np.zeros(0, np.int64) if rows is None else rows
+        self.about["rest"] = about
+        if about is not None:
+            about["members"] = self._write_rows(self.rest)
+        self.changed = True
 
     def alive(self, old_alive: Bool[np.ndarray, " old_rows"]) -> Bool[np.ndarray, " rows"]:
         """Which new rows stand for an old row that belongs to an item."""
@@ -115,7 +139,7 @@ class UpgradePart(Part):
         if not self._written["left_out"]:
             about["left_out"] = self.writer.add("left_out", self._write_left_out) if self.left_out else None
         self._written = dict.fromkeys(self._written, True)
-        return names + files_beside(about)
+        return names + files_beside(about) + ([about["rest"]["faiss"]["file"]] if about["rest"] else [])
 
     def _write_rows(self, rows: Int[np.ndarray, " n"]) -> str | None:
         return self.writer.add("rows", lambda file: np.save(file, rows)) if len(rows) else None
@@ -134,6 +158,7 @@ def files_beside(about: dict[str, Any]) -> list[str]:
     """Files that an entry `upgrade` names, but for vectors and what is derived from them."""
     names = [about["places"], about["left_out"]]
     names += [about[name]["file"] for name in ("order", "bridge") if about[name]]
+    names += [about["rest"]["members"]] if about["rest"] else []
     return [name for name in names if name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..draft import CHECKPOINT_SECONDS, Draft
 from ..recorded_encoder import check_encoder, describe_encoder, given_encoder, load_recorded
 from ..snapshot import Snapshot
 from ..storage import Store, find_index
+from .bridge import Bridge, Content
 from .checking import prepare, write_reference_queries
 from .embedding import Progress, RowOfItem, changing, embed_rows, opened_upgrade
 from .live import bridged_levels
@@ -271,9 +272,12 @@ class IndexUpgrade:
             part = self._part(draft, "measured")
             snapshot = Snapshot(self.store)
             rows = backfill_rows(snapshot, order, seed=seed, progress=progress)
+            bridge = Bridge.read(self.folder, part.about["bridge"])
+            bridge = bridge.with_levels(bridged_levels(self.store, draft.manifest, part.about, snapshot.alive))
+            held = _release(draft, part, bridge)
+            part.about["bridge"] = replace(bridge, held=held).write(draft.writer)
             part.set_order(name, rows[~part.moved(draft.rows)[rows]])
             part.about["stage"] = "running"
-            part.about["bridge"]["kinds"] = bridged_levels(self.store, draft.manifest, part.about, snapshot.alive)
             prepare(draft, part, progress=progress)
             draft.checkpoint()
 
@@ -320,6 +324,7 @@ class IndexUpgrade:
                 new,
                 todo,
                 publish=prepare,
+                known=snapshot.upgrade.bridge.held,
                 batch_size=batch_size,
                 workers=workers,
                 checkpoint_seconds=checkpoint_seconds,
@@ -397,6 +402,17 @@ class IndexUpgrade:
                 else "nothing was measured yet; do that first: `mmalign upgrade INDEX --to ENCODER --measure`"
             )
         return draft.upgrade
+
+
+def _release(draft: Draft, part: UpgradePart, bridge: Bridge) -> dict[Content, np.ndarray]:
+    """Keep back the new vectors of what the support set asks for; see `Bridge.held`."""
+    asked = sorted({int(number) for queries in bridge.support.values() for number in queries.items})
+    row_of, moved = RowOfItem(draft.stored_items()), part.moved(draft.rows)
+    known = {number: row for number in asked if (row := row_of(number)) is not None and moved[row]}
+    if not known:
+        return {}
+    vectors = part.release(np.array(list(known.values()), np.int64), manifest=draft.manifest)
+    return {(number, row_of.sha256(number)): vector for number, vector in zip(known, vectors, strict=True)}
 
 
 def _todo(snapshot: Snapshot, failed: dict[int, dict[str, Any]]) -> np.ndarray:

@@ -185,7 +185,9 @@ def test_only_a_chosen_number_of_lists_may_lag_behind(tmp_path: Path, monkeypatc
     import retrieval.faiss_index as faiss_index
 
     vectors = clustered(700, DIM)
-    monkeypatch.setattr(faiss_index, "_by_size", lambda rows, dim, memory: f"IVF{8 if rows <= 600 else 16},SQ8")
+    monkeypatch.setattr(
+        faiss_index, "_by_size", lambda rows, dim, memory, collection: f"IVF{8 if rows <= 600 else 16},SQ8"
+    )
     index = ImageIndex.from_vectors(vectors[:600], tmp_path / "idx")
     index.add_vectors(vectors[600:])
     assert (index.manifest["faiss"]["factory"], index.manifest["faiss"]["rows"]) == ("IVF8,SQ8", 700)
@@ -196,7 +198,7 @@ def test_a_number_of_lists_that_was_asked_for_is_kept_to(
 ) -> None:
     import retrieval.faiss_index as faiss_index
 
-    monkeypatch.setattr(faiss_index, "_by_size", lambda rows, dim, memory: "IVF4,SQ8")
+    monkeypatch.setattr(faiss_index, "_by_size", lambda rows, dim, memory, collection: "IVF4,SQ8")
     index, _ = ImageIndex.build(folder, encoder=TinyEncoder(), factory="IVF2,SQ8")
     for factory, expected in (("IVF3,SQ8", "IVF3,SQ8"), ("auto", "IVF4,SQ8"), ("IVF2,SQ8", "IVF2,SQ8")):
         index.update(factory=factory)
@@ -212,8 +214,10 @@ def test_faiss_is_brought_up_to_date_once_for_several_folders(
         draw(folder / f"n{number}.png", 300 + number)
         draw(tmp_path / "second" / f"n{number}.png", 400 + number)
     built = []
-    real = retrieval.finishing._build_faiss
-    monkeypatch.setattr(retrieval.finishing, "_build_faiss", lambda *arguments: (built.append(1), real(*arguments)))
+    real = retrieval.finishing.build_faiss
+    monkeypatch.setattr(
+        retrieval.finishing, "build_faiss", lambda *given, **named: (built.append(1), real(*given, **named))
+    )
     assert index.update().added == 10
     assert len(built) == 1
 

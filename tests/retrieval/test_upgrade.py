@@ -21,6 +21,7 @@ from retrieval.upgrading.bridge import Bridge
 from retrieval.upgrading.report import UpgradeReport
 
 IMAGES, SAMPLE = 96, 60
+HELD = SAMPLE // 2  # what the support set asks for waits for its turn
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +247,11 @@ def test_never_worse_on_the_way_and_new_at_the_end(world: World) -> None:
         upgrade.backfill(limit=9)
         curve.append(world.support_hits())
         assert world.open().verify() == []
-    assert len(curve) == 5
+    assert len(curve) == 1 + -(-(IMAGES - SAMPLE + HELD) // 9)
     for first, tenth in curve:
         assert first >= baseline[0]
         assert tenth >= baseline[1]
-    assert curve[0][0] > baseline[0], "better from the start, by the vectors of the sample"
+    assert curve[-1][0] > baseline[0] + 0.1
     upgrade.finish()
     index = world.open()
     after = evaluate_captions(index, read_captions(world.captions), bootstrap=0)["through_index"]
@@ -295,7 +296,8 @@ def test_each_image_is_embedded_once(world: World) -> None:
     world.strong.before_batch = before_batch
     with pytest.raises(KeyboardInterrupt):
         upgrade.backfill(batch_size=8, workers=1)
-    assert upgrade.status().moved == SAMPLE + 16
+    assert world.strong.encoded == 16
+    assert SAMPLE - HELD + 16 <= upgrade.status().moved <= SAMPLE + 16, "what was held back is not encoded again"
     assert len(world.open().search("200 40 7", k=IMAGES)) == IMAGES
     upgrade.backfill(batch_size=8)
     assert world.strong.encoded == IMAGES - SAMPLE
@@ -310,7 +312,7 @@ def test_hits_say_which_vectors_found_them(world: World) -> None:
     moved = {
         item.name for item in index if index.snapshot.upgrade and index.snapshot.upgrade.stored(item.row) is not None
     }
-    assert len(moved) == SAMPLE
+    assert len(moved) == SAMPLE - HELD
     hits = index.search("200 40 7", k=IMAGES)
     assert sorted(names(hits)) == sorted(item.name for item in index)
     assert {hit.item.name for hit in hits if hit.by_new} == moved
@@ -496,7 +498,7 @@ def test_what_is_gone_can_be_dropped(world: World) -> None:
     upgrade = world.upgrade
     upgrade.start()
     reasons = spoil(world)
-    with pytest.raises(InputError, match=r"36 images have not been embedded yet"):
+    with pytest.raises(InputError, match=r"66 images have not been embedded yet"):
         upgrade.finish()
     upgrade.backfill()
     upgrade.finish(gone="drop")
@@ -653,7 +655,9 @@ def test_refused_before_it_begins(fresh: World, tmp_path: Path) -> None:
 def test_an_encoder_known_by_its_spec(world: World) -> None:
     """Nothing is given: what was recorded is loaded, and `--encoder` may be either of the two."""
     IndexUpgrade(world.photos).start()
-    assert IndexUpgrade(world.photos).backfill(limit=5).embedded == 5
+    before = world.upgrade.status().moved
+    IndexUpgrade(world.photos).backfill(limit=5)
+    assert world.upgrade.status().moved == before + 5
     expected = results(ImageIndex.open(world.photos))
     for given in (world.weak, world.strong, "colour:weak", "colour:strong"):
         assert results(ImageIndex.open(world.photos, encoder=given)) == expected
@@ -672,8 +676,8 @@ def test_order_by_the_users_columns(world: World) -> None:
     live = index.snapshot.upgrade
     assert live is not None
     rest = {item.row: (int(Path(item.name).stem) * 37) % 101 for item in index}
-    newest = live.places[SAMPLE:].tolist()
-    old = set(live.places[:SAMPLE].tolist())
+    newest = live.places[SAMPLE - HELD :].tolist()
+    old = set(live.places[: SAMPLE - HELD].tolist())
     expected = sorted((row for row in rest if row not in old), key=lambda row: -rest[row])[:5]
     assert newest == expected
     upgrade.roll_back()
