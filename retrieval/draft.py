@@ -51,7 +51,7 @@ class Draft:
         self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
         self._checkpoint_seconds = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
-        self._changed = False
+        self._changed = self._items_changed = False
         self.first_settings: dict[str, Any] = copy.deepcopy(manifest["settings"])
         self._published = self._state()
 
@@ -136,7 +136,7 @@ class Draft:
     def add_root(self, root: Path) -> None:
         """Take in a further folder."""
         self.manifest["roots"] = [*self.manifest["roots"], *store_roots([root], self.folder)]
-        self._changed = True
+        self.touch()
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -180,12 +180,12 @@ class Draft:
         number = int(self.manifest["next_id"])
         self.manifest["next_id"] = number + 1
         self.items.append(id=number, **values)
-        self._changed = True
+        self.touch()
         return number
 
     def touch(self) -> None:
         """Say that the item table or another part was changed in place."""
-        self._changed = True
+        self._changed = self._items_changed = True
 
     def set_metadata(self, table: pa.Table | None) -> None:
         """Replace the user's columns (with `id`)."""
@@ -193,7 +193,7 @@ class Draft:
             self.manifest["metadata"] = None
         else:
             self.manifest["metadata"] = self.writer.add("metadata", lambda file: write_arrow(table, file))
-        self._changed = True
+        self.touch()
 
     def metadata(self) -> pa.Table | None:
         """The user's columns as stored."""
@@ -224,14 +224,20 @@ class Draft:
         self.skipped.sort(key=lambda entry: (entry["root"], entry["path"]))
         others = self.part.changed or (self.upgrade is None) != (self.manifest["upgrade"] is None)
         if self._changed or others or self._state() != self._published:
-            table = self.items.to_table()
-            self.manifest["items"] = self.writer.add("items", lambda file: write_arrow(table, file))
-            self.manifest["item_count"] = len(self.items)
+            self.write_items()
             self.manifest["skipped"] = self._write_skipped()
             self._publish()
         elif self.upgrade is not None and self.upgrade.changed:  # the item table stays as it is
             self._publish()
         self._last_checkpoint = time.monotonic()
+
+    def write_items(self) -> None:
+        """Write the item table as it is now, if it was changed since it was last written."""
+        if self._items_changed or self.manifest["items"] is None:
+            table = self.items.to_table()
+            self.manifest["items"] = self.writer.add("items", lambda file: write_arrow(table, file))
+            self.manifest["item_count"] = len(self.items)
+            self._items_changed = False
 
     def compact(self) -> None:
         """Rewrite the vectors without dead rows, or into one segment, where that pays."""
@@ -245,6 +251,7 @@ class Draft:
         if not alive.all():
             renumbered = np.where(alive, np.cumsum(alive) - 1, -1)
             self.items.row = [int(renumbered[row]) for row in self.items.row]
+            self.touch()
             self.manifest["faiss"] = None
             if self.upgrade is not None:
                 self.upgrade.renumber(renumbered)

@@ -86,7 +86,7 @@ def evaluate_captions(
     images = snapshot.vectors.gather(np.array(rows))
     queries = encoder.encode_texts(captions, batch_size=batch_size, progress=progress)
     both = image_text_retrieval(images, queries, np.array(owners), ks=ks, bootstrap=bootstrap, seed=seed)
-    found = snapshot.find(index.text_queries(captions, queries), max(ks)).rows
+    found = index.find_texts(captions, max(ks), old=queries)
     wanted = np.array(rows)[owners][:, None]
     return {
         **both,

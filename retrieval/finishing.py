@@ -110,6 +110,11 @@ def finish(
     elif part.about["faiss"] or part.about["calibration"]:
         part.about["faiss"] = part.about["calibration"] = None
         part.changed = True
+    if draft.upgrade is not None:
+        from .upgrading.checking import prepare  # which calls `derive`
+
+        draft.write_items()
+        prepare(draft, draft.upgrade, rebuild=force, progress=progress)
     draft.checkpoint()
 
 

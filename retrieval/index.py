@@ -59,8 +59,8 @@ class ImageIndex:
         self.store = Store(Path(folder))
         self.snapshot = Snapshot(self.store)
         self._device = device
-        self._encoder: Encoder | None = None
-        self._new_encoder: Encoder | None = None
+        self._encoders: dict[str | None, Encoder] = {}  # by fingerprint; an index that is upgraded has two
+        self._given: Encoder | None = None
         about = self.manifest["encoder"]
         recorded = recorded_dtype(about, dtype, self.folder)
         if encoder is not None:
@@ -70,11 +70,9 @@ class ImageIndex:
                     return  # as if nothing were given: loaded when needed
                 dtype = recorded
             found = given_encoder(encoder, device, dtype)
-            if new and found.fingerprint == new["fingerprint"]:
-                self._new_encoder = found
-                return
-            check_encoder(about, found, self.folder)
-            self._encoder = found
+            if not (new and found.fingerprint == new["fingerprint"]):
+                check_encoder(about, found, self.folder)
+            self._encoders[found.fingerprint if about["spec"] is not None else None] = self._given = found
 
     # -- making and opening ----------------------------------------------------------------------------------------
 
@@ -276,23 +274,17 @@ class ImageIndex:
             EncoderMismatchError: the recorded spec gives other vectors today than when the upgrade was begun.
         """
         upgrade = self.manifest.get("upgrade")
-        if not upgrade:
-            return None
-        about = upgrade["encoder"]
-        if self._new_encoder is None or self._new_encoder.fingerprint != about["fingerprint"]:
-            found = load_recorded(about, self._device)
-            check_encoder(about, found, self.folder)
-            self._new_encoder = found
-        return self._new_encoder
+        return self._encoder_of(upgrade["encoder"]) if upgrade else None
 
     def _encoder_of(self, about: dict[str, Any]) -> Encoder:
-        if self._new_encoder is not None and self._new_encoder.fingerprint == about["fingerprint"]:
-            self._encoder = self._new_encoder  # an upgrade has ended since
-        encoder = self._encoder
+        """What an entry of the manifest stands for, loaded when first needed."""
+        encoder = self._encoders.get(about["fingerprint"])
         if encoder is None:
+            if self._given is not None and not (self.manifest.get("upgrade") or self.manifest.get("upgraded")):
+                check_encoder(about, self._given, self.folder)  # it is another index by now, and was never upgraded
             encoder = load_recorded(about, self._device)
+            self._encoders[about["fingerprint"]] = encoder
         check_encoder(about, encoder, self.folder)
-        self._encoder = encoder
         return encoder
 
     def info(self) -> dict[str, Any]:
@@ -386,18 +378,20 @@ class ImageIndex:
         kind = kind_of(terms)
         needs_old, needs_new = snapshot.upgrade.needs(kind) if snapshot.upgrade else (True, False)
         old = self._encoder_of(snapshot.manifest["encoder"]) if needs_old else None
-        new = self.new_encoder if needs_new else None
+        new = self._encoder_of(snapshot.manifest["upgrade"]["encoder"]) if needs_new else None
         both = [None if one is None else embed_query(one, terms, snapshot.decode)[None] for one in (old, new)]
         return QueryRows(kind, *both)
 
-    def text_queries(self, texts: Sequence[str], old: Float[np.ndarray, "q dim"] | None = None) -> QueryRows:
-        """Many texts as queries, by the encoders that are needed; `old` where the index's own has embedded them."""
-        upgrade = self.snapshot.upgrade
-        needs_old, needs_new = upgrade.needs("text") if upgrade else (True, False)
+    def find_texts(
+        self, texts: Sequence[str], k: int, *, old: Float[np.ndarray, "q dim"] | None = None
+    ) -> Int[np.ndarray, "q k"]:
+        """Vector rows of the k best for each of many texts; `old` where the index's own encoder has embedded them."""
+        snapshot = self.snapshot
+        needs_old, needs_new = snapshot.upgrade.needs("text") if snapshot.upgrade else (True, False)
         if needs_old and old is None:
-            old = self.encoder.encode_texts(texts)
-        new = self.new_encoder if needs_new else None
-        return QueryRows("text", old, None if new is None else new.encode_texts(texts))
+            old = self._encoder_of(snapshot.manifest["encoder"]).encode_texts(texts)
+        new = self._encoder_of(snapshot.manifest["upgrade"]["encoder"]).encode_texts(texts) if needs_new else None
+        return snapshot.find(QueryRows("text", old, new), k).rows
 
     def similar(
         self,

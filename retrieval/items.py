@@ -113,8 +113,10 @@ class Items:
 
     def raw_name(self, position: int) -> bytes:
         """The path below its root as the file system has it."""
-        raw = self.value("name_bytes", position)
-        return raw if raw is not None else self.value("name", position).encode()
+        raw, name = self.value("name_bytes", position), self.value("name", position)
+        if raw is None and name is None:
+            raise IndexDamagedError(f"line {position} of the item table has no name; index the folder again")
+        return raw if raw is not None else name.encode()
 
     def item(self, position: int) -> Item:
         """The item in one line of the table."""

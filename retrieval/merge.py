@@ -14,6 +14,7 @@ from mmalign.progress import progress_bar
 
 from .draft import Draft
 from .finishing import check_type, finish, write_queries
+from .folder_state import MAPPED
 from .index import ImageIndex
 from .items import ItemColumns
 from .metadata import concat_metadata
@@ -82,8 +83,10 @@ def _take_queries(draft: Draft, parts: Sequence[Snapshot]) -> None:
 
 def _append(draft: Draft, part: Snapshot, roots: list[Path]) -> pa.Table | None:
     known_paths = set(zip(draft.items.root, draft.items.raw_name, strict=True))
-    known_rows = dict(zip(draft.items.sha256, draft.items.row, strict=True))
     columns = ItemColumns.of(part.items)
+    listed = zip(draft.items.sha256, draft.items.row, draft.items.flags, strict=True)
+    # A vector that was mapped from an old encoder must not stand for a content that was encoded.
+    known_rows = {digest: row for digest, row, flags in listed if MAPPED not in flags.split(",")}
     place_of_root = {number: roots.index(root) for number, root in enumerate(part.roots)}
     new_row: dict[int, int] = {}
     wanted_rows: list[int] = []
@@ -95,7 +98,7 @@ def _append(draft: Draft, part: Snapshot, roots: list[Path]) -> pa.Table | None:
         if root >= 0 and (root, path) in known_paths:
             continue
         has_hash = any(digest)
-        if has_hash and digest in known_rows:
+        if has_hash and digest in known_rows and MAPPED not in columns.flags[place].split(","):
             target = known_rows[digest]
         elif row in new_row:
             target = new_row[row]

@@ -15,7 +15,6 @@ from .finishing import finish
 from .remedies import index_commands
 from .snapshot import Snapshot
 from .storage import Manifest, Store, find_index, verify_command
-from .upgrading.checking import prepare
 from .upgrading.part import files_beside
 
 __all__ = ["Problem", "diagnose", "repair"]
@@ -85,10 +84,7 @@ def repair(folder: str | os.PathLike[str], *, progress: bool = False) -> list[st
             if about["queries"] and about["queries"]["file"] in broken:
                 about["queries"] = None
                 done.append("dropped the damaged reference queries")
-        draft = Draft(writer, manifest)
-        if draft.upgrade is not None:
-            prepare(draft, draft.upgrade, rebuild=True, progress=progress)
-        finish(draft, force=True, progress=progress)
+        finish(Draft(writer, manifest), force=True, progress=progress)
         done.append("rebuilt the FAISS index and the calibration from the stored vectors")
     return done
 

@@ -27,6 +27,7 @@ from .roots import names_of, resolve_roots
 from .skipped import read_skipped
 from .storage import Manifest, Store
 from .upgrading.live import LiveUpgrade
+from .upgrading.part import read_left_out, read_numbers
 from .vectors import Vectors
 
 __all__ = ["Snapshot"]
@@ -51,6 +52,7 @@ class Snapshot:
         self.manifest: Manifest = manifest
         self.roots = resolve_roots(manifest["roots"], folder)
         self.partition = Partition(self.store, manifest, manifest)
+        self.store.require_unaltered(manifest, (manifest["items"], manifest["metadata"]))
         table = read_arrow(folder / manifest["items"], SCHEMA) if manifest["items"] else None
         if table is None or table.num_rows != manifest["item_count"]:
             raise IndexDamagedError(
@@ -59,6 +61,9 @@ class Snapshot:
         self.items = Items(table, self.roots)
         self.metadata: pa.Table | None = read_arrow(folder / manifest["metadata"]) if manifest["metadata"] else None
         upgrade = manifest.get("upgrade")
+        # Read now, while the files are surely there: later generations clear them.
+        self.left_out = read_left_out(folder, upgrade["left_out"]) if upgrade else []
+        self.places = read_numbers(folder, upgrade["places"]) if upgrade else None
         running = upgrade is not None and upgrade["stage"] == "running"
         self.upgrade = LiveUpgrade(self.store, manifest, self.partition, self.alive) if running else None
 

@@ -24,6 +24,7 @@ files; readers see it when CURRENT has been replaced, and a writer that dies lea
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -134,6 +135,29 @@ class Store:
             for name, about in wanted.items():
                 yield name, self._check_content(name, about)
                 advance(megabytes[name])
+
+    def require_unaltered(self, manifest: Manifest, names: Iterable[str | None]) -> None:
+        """Before tables are mapped: their readers trust what lies in them, and a flipped bit can end the process.
+
+        A file is hashed once in a process, as long as it stays the same.
+
+        Raises:
+            IndexDamagedError: it is missing, or not what was written.
+        """
+        for name in filter(None, names):
+            try:
+                about = (self.folder / name).stat()
+                key = (os.fspath(self.folder / name), about.st_ino, about.st_size, about.st_mtime_ns)
+            except OSError:
+                key = None
+            if key is None or key not in _UNALTERED:
+                problem = self._check_content(name, manifest["files"][name])
+                if problem:
+                    raise IndexDamagedError(
+                        f"index {str(self.folder)!r} is damaged: {name} {problem}; {_repair(self.folder)}"
+                    )
+                if key is not None:
+                    _UNALTERED.add(key)
 
     def _check_content(self, name: str, about: dict[str, Any]) -> str | None:
         problem = self._check_size(name, about)
@@ -305,6 +329,7 @@ class Store:
             return "another process"
 
 
+_UNALTERED: set[tuple[str, int, int, int]] = set()  # files that were hashed in this process
 _BRIEF_SECONDS = 300.0  # for a writer that builds a large FAISS index before it publishes
 _OUT = "with --out (out=...)"
 _OLDER = (
@@ -330,8 +355,7 @@ class Writer:
 
         `fill` gets a binary file; what it wrote is hashed and synced.
         """
-        name = f"{kind}-{self.generation:06d}-{self._count}.{_SUFFIXES[kind]}"
-        self._count += 1
+        name = self._next_name(kind)
         temporary = self.folder / f".tmp-{name}"
         with full_disk_is_explained(self.folder):
             try:
@@ -346,28 +370,54 @@ class Writer:
                 temporary.unlink(missing_ok=True)
         return name
 
-    def adopt(self, path: Path, about: dict[str, Any]) -> None:
-        """Take in a file of another index under its own name, linked where the file system can.
+    def _next_name(self, kind: str) -> str:
+        name = f"{kind}-{self.generation:06d}-{self._count}.{_SUFFIXES[kind]}"
+        self._count += 1
+        return name
+
+    def adopt(self, manifest: Manifest, folder: Path) -> tuple[Manifest, list[str]]:
+        """Take in the files of another index, linked where the file system can, under names of this generation.
 
         Args:
-            path: the file.
-            about: `size` and `sha256`, as the other manifest has them.
+            manifest: of the other; its own files alone, no upgrade.
+            folder: where they are.
+
+        Returns:
+            The manifest with the new names, and these.
         """
-        target = self.folder / path.name
+        manifest = copy.deepcopy(manifest)
+        names: list[str] = []
+
+        def taken(name: str) -> str:
+            fresh = self._link(folder / name, name.partition("-")[0])
+            self.written[fresh] = manifest["files"][name]
+            names.append(fresh)
+            return fresh
+
+        for segment in manifest["segments"]:
+            segment["file"] = taken(segment["file"])
+        for part in ("items", "metadata", "skipped"):
+            manifest[part] = taken(manifest[part]) if manifest[part] else None
+        for part in ("queries", "faiss"):
+            if manifest[part]:
+                manifest[part]["file"] = taken(manifest[part]["file"])
+        return manifest, names
+
+    def _link(self, path: Path, kind: str) -> str:
+        name = self._next_name(kind)
+        temporary = self.folder / f".tmp-{name}"
         with full_disk_is_explained(self.folder):
-            if not target.exists():
+            try:
                 try:
-                    os.link(path, target)
+                    os.link(path, temporary)
                 except OSError:
-                    temporary = self.folder / f".tmp-{path.name}"
-                    try:
-                        shutil.copyfile(path, temporary)
-                        with temporary.open("rb+") as file:
-                            os.fsync(file.fileno())
-                        temporary.replace(target)
-                    finally:
-                        temporary.unlink(missing_ok=True)
-        self.written[path.name] = about
+                    shutil.copyfile(path, temporary)
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
+                temporary.replace(self.folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return name
 
     def publish(self, manifest: Manifest, names: list[str]) -> Manifest:
         """Make a generation of the named files, old or new, the one in force; returns its manifest."""

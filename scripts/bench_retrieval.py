@@ -249,10 +249,10 @@ def bench_upgrade(arguments: argparse.Namespace) -> None:
     from retrieval import ImageIndex
     from retrieval.draft import Draft
     from retrieval.faiss_module import import_faiss
-    from retrieval.finishing import derive
     from retrieval.query_rows import QueryRows
     from retrieval.recorded_encoder import describe_vectors
     from retrieval.upgrading.bridge import Bridge, KindBridge
+    from retrieval.upgrading.checking import prepare
     from retrieval.upgrading.part import UpgradePart, new_entry
 
     random = np.random.default_rng(4)
@@ -283,7 +283,7 @@ def bench_upgrade(arguments: argparse.Namespace) -> None:
                     moved = round(share * rows)
                     for part in np.array_split(chosen, max(1, len(chosen) // 50_000)):
                         draft.upgrade.take(part, vectors[part] @ rotation)
-                    derive(draft, draft.upgrade, draft.upgrade.alive(draft.alive()))
+                    prepare(draft, draft.upgrade)
                     draft.checkpoint()
                 both.refresh()
                 live, one = both.snapshot, alone.snapshot

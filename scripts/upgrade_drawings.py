@@ -6,7 +6,7 @@ keywords), without a hub. Both encoders join EfficientNet-Lite2 and all-MiniLM-L
 with its caption as a query in words.
 
 Measures on a sample, starts, and backfills in steps; after each, every query of the support set is put to the index as
-it is searched, and to the old encoder alone. When all is embedded, the report is made again on all drawings, for several
+it is searched, and to the old encoder alone. When all is embedded, the report is made again on all, for a few
 random splits of the queries into those that fit, choose and measure. Then it switches, and the index is compared with
 one built anew. OUT/table.md, OUT/upgrade.png, OUT/results.json.
 """
@@ -143,10 +143,10 @@ def on_all(folder: Path, old: Encoder, new: Encoder, captions: Path, splits: int
     crops = Bridge.read(folder, live.about["bridge"]).support["image"]
     row_of = {item.id: item.row for item in items}
     assert crops.old is not None
-    asked["image"] = crops.old, crops.new, np.array([place_of_row[row_of[int(number)]] for number in crops.items])
+    asked["image"] = crops.old, crops.new, np.array([place_of_row[row_of[number]] for number, _ in crops.answers])
     runs: list[dict[str, Any]] = []
     for split in range(splits):
-        part = np.random.default_rng(split).choice(3, len(rows), p=[1 / 3, 1 / 6, 1 / 2])
+        part = np.random.default_rng((split, 9)).choice(3, len(rows), p=[1 / 3, 1 / 6, 1 / 2])
         tasks = {kind: Task(kind, "", *both, target, part[target]) for kind, (*both, target) in asked.items()}
         free = part == 0
         images = gallery.old[free], gallery.new[free]

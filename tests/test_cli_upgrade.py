@@ -102,7 +102,10 @@ def test_what_could_not_be_embedded(command_line: Callable[..., Any], photos: Pa
     listed = command_line("upgrade", photos, "--left-out").out.splitlines()
     assert listed
     assert all(line.startswith("missing: ") for line in listed)
-    finished = command_line("upgrade", photos, "--finish", "-q", "--gone", "drop")
+    refused = command_line("upgrade", photos, "--finish", "-q", "--gone", "drop")
+    assert refused.code == 1
+    assert "is a disk away?" in refused.err
+    finished = command_line("upgrade", photos, "--finish", "-q", "--gone", "drop", "--force")
     assert f"{len(listed)} images could not be embedded and were dropped" in finished.err
     assert f"{IMAGES - len(listed)} (" in command_line("info", photos).out
 
@@ -117,7 +120,9 @@ def test_what_could_not_be_embedded(command_line: Callable[..., Any], photos: Pa
         (["--finish"], "no upgrade of this index is under way"),
         (["--roll-back"], "nothing to roll back"),
         (["--finish", "--status"], "--finish and --status exclude each other"),
-        (["--delete-old"], "--delete-old says what --finish does"),
+        (["--to", "colour:strong", "--delete-old"], "--delete-old has no effect at this stage"),
+        (["--status", "--sample", "20"], "--sample has no effect with --status"),
+        (["--finish", "--support", "x.jsonl"], "--support has no effect with --finish"),
         (["--to", "colour:strong", "--support", "no.jsonl"], "no.jsonl"),
         (["--to", "colour:strong", "--sample", "20", "--order", "views"], "order is 'views'"),
     ],

@@ -26,7 +26,20 @@ class _Gone(str, Enum):
     drop = "drop"
 
 
+# What each step takes beside what all of them do; options that would have no effect are refused.
+_STEPS = {
+    "measure": {"support", "sample", "order", "out", "batch_size", "workers", "seed", "dtype"},
+    "finish": {"delete_old", "gone", "force"},
+    "roll_back": {"force"},
+    "status": set(),
+    "left_out": set(),
+}
+_GOING_ON = {"limit", "batch_size", "workers"}
+_STARTING = {"order", "seed", "force"} | _GOING_ON
+
+
 def upgrade(
+    context: typer.Context,
     index: IndexArgument,
     to: Annotated[
         str | None,
@@ -113,44 +126,70 @@ def upgrade(
     """
     from retrieval import IndexUpgrade
 
-    _one_of_the_steps(measure=measure, finish=finish, roll_back=roll_back, status=status, left_out=left_out)
-    if delete_old and not finish:
-        raise InputError("--delete-old says what --finish does with the old vectors; give both")
+    steps = {"measure": measure, "finish": finish, "roll_back": roll_back, "status": status, "left_out": left_out}
+    chosen = [name for name, wanted in steps.items() if wanted]
+    if len(chosen) > 1:
+        raise InputError(f"{_option(chosen[0])} and {_option(chosen[1])} exclude each other; give one of them")
     run = IndexUpgrade(index, to, encoder=encoder, device=device, dtype=dtype)
     embed: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": not quiet}
+    stage = run.status().stage
+    measuring = not chosen and (stage in ("none", "finished", "measuring") or support is not None)
+    _refuse_idle(context, chosen[0] if chosen else "", stage, measuring)
     if status:
         _print_status(run, as_json)
     elif left_out:
         for entry in run.left_out():
             print(json.dumps(entry) if as_json else f"{entry['reason']}: {entry['path']}: {entry['message']}")
     elif roll_back:
-        run.roll_back()
-        say("rolled back: the index is as it was")
-    elif finish:
-        before, archive = (
-            run.status(),
-            run.finish(gone=gone.value, keep_old=not delete_old, force=force, progress=not quiet),
-        )
-        _say_finished(before.new, before.left_out, archive, gone.value)
+        run.roll_back(force=force)
         if as_json:
-            print(json.dumps({"archive": os.fspath(archive) if archive else None, **run.status().to_dict()}))
+            print(json.dumps(run.status().to_dict()))
+        else:
+            say("rolled back: the index is as it was")
+    elif finish:
+        before = run.status()
+        archive = run.finish(gone=gone.value, keep_old=not delete_old, force=force, progress=not quiet)
+        if as_json:
+            print(json.dumps(run.status().to_dict()))
+        else:
+            _say_finished(before.new, before.left_out, archive, gone.value)
     else:
-        stage = run.status().stage
-        if stage in ("none", "finished", "measuring") or (stage == "measured" and (measure or support is not None)):
+        if measure or measuring:
             if stage in ("none", "finished") and to is None:
                 raise InputError("name the new encoder: mmalign upgrade INDEX --to ENCODER")
             report = run.measure(support, sample=sample, order=order, seed=seed, **embed)
-            _print_report(report, as_json and measure, out)
-        elif measure:
-            raise InputError("the upgrade is running already; --status says how far it is, --roll-back ends it")
+            _print_report(report, as_json and measure, as_json and not measure, out)
         if not measure:
             _go_on(run, order, seed, force, limit, embed, as_json)
 
 
-def _one_of_the_steps(**steps: bool) -> None:
-    given = [f"--{name.replace('_', '-')}" for name, wanted in steps.items() if wanted]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other; give one of them")
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse_idle(context: typer.Context, step: str, stage: str, measuring: bool) -> None:
+    """Refuse options that the step which is taken would not look at."""
+    always = {"index", "to", "encoder", "device", "quiet", "as_json", *_STEPS}
+    if step:
+        able = _STEPS[step]
+    elif stage == "running":
+        able = _GOING_ON
+    else:
+        able = _STARTING | (_STEPS["measure"] if measuring else set())
+    given = [
+        name
+        for name in context.params
+        if name not in always | able and str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+    ]
+    if given:
+        what = (
+            f"with {_option(step)}"
+            if step
+            else "once the upgrade is running"
+            if stage == "running"
+            else "at this stage"
+        )
+        raise InputError(f"{_option(given[0])} has no effect {what}; leave it out")
 
 
 def _go_on(
@@ -164,10 +203,11 @@ def _go_on(
         raise typer.Exit(PARTIAL)
 
 
-def _print_report(report: UpgradeReport, as_json: bool, out: Path | None) -> None:
+def _print_report(report: UpgradeReport, as_json: bool, later: bool, out: Path | None) -> None:
+    """Print it, unless one JSON object is to come `later`."""
     if as_json:
         print(json.dumps(report.to_dict()))
-    else:
+    elif not later:
         print("\n".join(report.lines()))
     if out is not None:
         from mmalign.files import whole_file

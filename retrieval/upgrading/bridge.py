@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch.nn.functional import normalize
 
 from mmalign.errors import IndexDamagedError
 from mmalign.score_calibration import ScoreCalibration
 from mmalign.spherical_interpolation import pad_columns, point_between
 
-from ..query_rows import QueryRows
 from ..storage import Writer
 
 __all__ = ["HOWS", "KINDS", "Bridge", "Content", "KindBridge", "SupportQueries"]
@@ -95,16 +95,12 @@ class SupportQueries:
     Attributes:
         old: by the old encoder; `None` where it has no tower for them.
         new: by the new one.
-        items: id of the right answer of each.
+        answers: what is right for each; another content under the same item is not.
     """
 
     old: Float[np.ndarray, "q dim"] | None
     new: Float[np.ndarray, "q new_dim"]
-    items: Int[np.ndarray, " q"]
-
-    def rows(self, kind: str) -> QueryRows:
-        """As a search takes them."""
-        return QueryRows(kind, self.old, self.new)
+    answers: Sequence[Content]
 
 
 @dataclass(frozen=True)
@@ -137,13 +133,12 @@ class Bridge:
                 if (value := getattr(one, name)) is not None:
                     tensors[f"{kind}.{name}"] = np.ascontiguousarray(value, np.float32)
         for kind, queries in self.support.items():
-            for name in ("old", "new", "items"):
+            for name in ("old", "new"):
                 if (value := getattr(queries, name)) is not None:
                     tensors[f"{kind}.support.{name}"] = np.ascontiguousarray(value)
+            tensors |= _packed(f"{kind}.support", queries.answers)
         if self.held:
-            tensors["held.items"] = np.array([number for number, _ in self.held], np.int64)
-            digests = [np.frombuffer(bytes.fromhex(digest), np.uint8) for _, digest in self.held]
-            tensors["held.sha256"] = np.stack(digests)
+            tensors |= _packed("held", list(self.held))
             tensors["held.vectors"] = np.stack(list(self.held.values()))
         content = save(tensors)
         name = writer.add("bridge", lambda file: file.write(content))
@@ -182,16 +177,24 @@ class Bridge:
                 levels=np.array(stored["levels"], np.float32),
             )
         for kind in KINDS:
-            if f"{kind}.support.new" in tensors:
-                old, new, items = (tensors.get(f"{kind}.support.{name}") for name in ("old", "new", "items"))
-                assert new is not None
-                assert items is not None
-                support[kind] = SupportQueries(old, new, items)
-        held = {}
-        if "held.items" in tensors:
-            keys = zip(tensors["held.items"].tolist(), tensors["held.sha256"], strict=True)
-            held = {
-                (number, digest.tobytes().hex()): vector
-                for (number, digest), vector in zip(keys, tensors["held.vectors"], strict=True)
-            }
+            new = tensors.get(f"{kind}.support.new")
+            if new is not None:
+                answers = _unpacked(f"{kind}.support", tensors)
+                support[kind] = SupportQueries(tensors.get(f"{kind}.support.old"), new, answers)
+        held = dict(zip(_unpacked("held", tensors), tensors.get("held.vectors", ()), strict=True))
         return cls(kinds, support, held)
+
+
+def _packed(name: str, contents: Sequence[Content]) -> dict[str, np.ndarray]:
+    digests = [np.frombuffer(bytes.fromhex(digest), np.uint8) for _, digest in contents]
+    return {
+        f"{name}.items": np.array([number for number, _ in contents], np.int64),
+        f"{name}.sha256": np.stack(digests) if digests else np.zeros((0, 32), np.uint8),
+    }
+
+
+def _unpacked(name: str, tensors: Mapping[str, np.ndarray]) -> list[Content]:
+    if f"{name}.items" not in tensors:
+        return []
+    both = zip(tensors[f"{name}.items"].tolist(), tensors[f"{name}.sha256"], strict=True)
+    return [(number, digest.tobytes().hex()) for number, digest in both]

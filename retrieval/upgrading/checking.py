@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ..draft import Draft
-from ..finishing import build_faiss, derive, needs_queries, write_queries
+from ..finishing import build_faiss, derive
 from ..part import Part
 from ..partition import Partition
+from ..query_rows import QueryRows
 from ..vectors import ChosenRows
 from .bridge import SupportQueries
 from .embedding import RowOfItem
@@ -18,7 +18,7 @@ from .live import MODES, LiveUpgrade
 from .measuring import choose_mode
 from .part import UpgradePart
 
-__all__ = ["check_modes", "measure_modes", "prepare", "write_reference_queries"]
+__all__ = ["check_modes", "measure_modes", "prepare"]
 
 REST_SHARE = 0.7
 LEAST_REST = 256  # fewer are scanned as fast
@@ -26,11 +26,21 @@ LEAST_REST = 256  # fewer are scanned as fast
 
 def prepare(draft: Draft, part: UpgradePart, *, rebuild: bool = False, progress: bool = False) -> None:
     """Bring what is derived from the new vectors up to date, and choose the modes; before every publication."""
+    _settle_left_out(draft, part)
     if part.rows:
         derive(draft, part, part.alive(draft.alive()), force=rebuild, rebuild=rebuild, progress=progress)
     if part.about["stage"] == "running":
         _index_rest(draft, part, rebuild)
         check_modes(draft, part)
+
+
+def _settle_left_out(draft: Draft, part: UpgradePart) -> None:
+    """Strike out images that are no longer in the index, have other content there, or have been embedded after all."""
+    if part.left_out:
+        row_of, moved = RowOfItem(draft.stored_items()), part.moved(draft.rows)
+        rows = [row_of(entry["id"], entry["sha256"]) for entry in part.left_out]
+        entries = zip(part.left_out, rows, strict=True)
+        part.set_left_out([entry for entry, row in entries if row is not None and not moved[row]])
 
 
 def _index_rest(draft: Draft, part: UpgradePart, rebuild: bool) -> None:
@@ -51,48 +61,44 @@ def _index_rest(draft: Draft, part: UpgradePart, rebuild: bool) -> None:
         part.set_rest({"faiss": pseudo.about["faiss"], "rows": draft.rows}, rest)
 
 
-def write_reference_queries(draft: Draft, part: UpgradePart, encode: Any) -> None:
-    """Have the new encoder embed the built-in phrases, if it takes text and has not done so."""
-    from ..calibration import query_bank
-
-    if needs_queries(part, draft.rows):
-        write_queries(part, encode(query_bank(draft.rows)), built_in=True)
-
-
 def check_modes(draft: Draft, part: UpgradePart) -> None:
     """Measure every mode on the support set in the index as it is about to be, and put the best that lose nothing."""
     part.record()  # what is measured has to be on disk
+    draft.part.record()
     store, manifest = draft.writer.store, {**draft.manifest, "upgrade": part.about}
     alive = draft.alive()
     live = LiveUpgrade(store, manifest, Partition(store, draft.manifest, draft.manifest), alive)
     row_of = RowOfItem(draft.stored_items())
     for kind, queries in live.bridge.support.items():
         figures = measure_modes(live, kind, queries, row_of)
-        if figures:
+        if not figures:  # nothing is left to judge by
+            part.about["modes"].pop(kind, None)
+            part.about["checked"].pop(kind, None)
+        else:
             part.about["modes"][kind] = choose_mode(figures)
             part.about["checked"][kind] = {mode: list(found) for mode, found in figures.items()}
-            part.changed = True
+        part.changed = True
 
 
 def measure_modes(
     live: LiveUpgrade, kind: str, queries: SupportQueries, row_of: RowOfItem
 ) -> Mapping[str, tuple[float, float]]:
     """hit@1 and hit@10 of each mode that is possible; nothing where no right answer is in the index any more."""
-    rows = np.array([-1 if (row := row_of(int(number))) is None else row for number in queries.items])
+    found_rows = [row_of(*answer) for answer in queries.answers]
+    rows = np.array([-1 if row is None else row for row in found_rows], np.int64)
     there = rows >= 0
     if not there.any():
         return {}
     one = live.bridge.kinds.get(kind)
-    kept = SupportQueries(None if queries.old is None else queries.old[there], queries.new[there], queries.items[there])
+    kept = QueryRows(kind, None if queries.old is None else queries.old[there], queries.new[there])
     figures = {}
     for mode in MODES:
         if mode == "old" and kept.old is None:
             continue
         if mode == "bridged" and (one is None or (one.needs_old and kept.old is None)):
             continue
-        calibrated = one is not None and one.bridged is not None and one.renewed is not None
-        if mode == "merged" and live.remaining_count and not calibrated:
+        if mode == "merged" and not live.can_merge(kind):
             continue
-        found = live.find(kept.rows(kind), 10, mode=mode).rows == rows[there][:, None]
+        found = live.find(kept, 10, mode=mode).rows == rows[there][:, None]
         figures[mode] = (float(found[:, 0].mean()), float(found.any(axis=1).mean()))
     return figures

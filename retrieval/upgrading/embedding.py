@@ -6,9 +6,10 @@ write in between. What is ready is therefore known by item and content, and look
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from mmalign.encoders import Encoder
 from mmalign.encoders.stream import Outcome, encode_stream
-from mmalign.errors import EncoderMismatchError, InputError, UnreadableImageError
-from mmalign.imaging import DecodeSettings, read_file
+from mmalign.errors import EncoderMismatchError, IndexLockedError, InputError, UnreadableImageError
+from mmalign.imaging import DecodeSettings, FileContent, read_file
 from mmalign.progress import progress_bar
 
 from ..draft import CHECKPOINT_SECONDS, Draft
@@ -30,7 +31,9 @@ from ..storage import Store
 from .bridge import Content
 from .part import UpgradePart
 
-__all__ = ["Progress", "RowOfItem", "changing", "embed_rows", "opened_upgrade"]
+MOST_READY = 20_000  # vectors in memory before a run waits for another writer
+
+__all__ = ["Progress", "RowOfItem", "changing", "embed_rows", "opened_upgrade", "original_of"]
 
 
 @dataclass
@@ -88,7 +91,8 @@ def embed_rows(
         title: of the bar.
 
     Raises:
-        InputError: the upgrade was rolled back, finished or replaced meanwhile.
+        InputError: the upgrade was rolled back or finished meanwhile.
+        EncoderMismatchError: another was begun.
     """
     snapshot = Snapshot(store)
     done = Progress(0, 0.0, {})
@@ -96,10 +100,10 @@ def embed_rows(
     spent_publishing = 0.0
     begun = last = time.perf_counter()
 
-    def settle() -> None:
+    def settle(*, wait: bool) -> None:
         nonlocal spent_publishing, last, checkpoint_seconds
         started = time.perf_counter()
-        with changing(store, encoder, brief=True) as draft:
+        with changing(store, encoder, wait=wait, brief=True) as draft:
             assert draft.upgrade is not None
             _enter(draft, draft.upgrade, ready)
             if publish is not None:
@@ -125,23 +129,25 @@ def embed_rows(
                 done.embedded += len(batch.vectors)
                 advance(len(batch.outcomes), left_out=len(done.failed))
                 if time.perf_counter() - last >= checkpoint_seconds:
-                    settle()
+                    with contextlib.suppress(IndexLockedError):  # somebody else writes: go on, and try again
+                        settle(wait=len(ready) >= MOST_READY)
         finally:
             # Of a stop in the middle of publishing nothing is lost either: it is entered again, or was entered whole.
             done.seconds = time.perf_counter() - begun - spent_publishing
             if ready:
-                settle()
+                settle(wait=True)
     return done
 
 
 @contextmanager
-def changing(store: Store, encoder: Encoder | None, *, brief: bool = False) -> Iterator[Draft]:
+def changing(store: Store, encoder: Encoder | None, *, wait: bool = True, brief: bool = False) -> Iterator[Draft]:
     """Hold the lock of an index that is being upgraded (to an encoder, if one is given); a draft of it.
 
     Raises:
         InputError, EncoderMismatchError: as `opened_upgrade`.
+        IndexLockedError: another process writes, and `wait` is false.
     """
-    with store.write(wait=True, brief=brief) as writer:
+    with store.write(wait=wait, brief=brief) as writer:
         draft = Draft(writer, store.read_manifest())
         opened_upgrade(draft.manifest["upgrade"], encoder)
         yield draft
@@ -185,21 +191,34 @@ def _loader(
     encoder: Encoder, decode: DecodeSettings, known: Mapping[Content, np.ndarray]
 ) -> Callable[[list[Item]], tuple[_Ready, Tensor | None]]:
     def load(items: list[Item]) -> tuple[_Ready, Tensor | None]:
-        failure: dict[str, Any] | None = None
-        for item in items:  # several files of one content: the first that still holds it
-            try:
-                content = _original(item)
-                if (vector := known.get((items[0].id, items[0].sha256))) is not None:
-                    return _Ready(item, vector), None
-                return _Ready(item), encoder.load_image(content, decode)[1]
-            except UnreadableImageError as error:
-                failure = failure or _failure(item, error)
-        return _Ready(items[0], failure=failure), None
+        try:
+            content = original_of(items)
+        except UnreadableImageError as error:
+            return _Ready(items[0], failure=_failure(items[0], error)), None
+        if (vector := known.get((items[0].id, items[0].sha256))) is not None:
+            return _Ready(items[0], vector), None
+        return _Ready(items[0]), encoder.load_image(content, decode)[1]
 
     return load
 
 
-def _original(item: Item) -> Any:
+def original_of(items: Sequence[Item]) -> FileContent:
+    """The file of several items of one content: the first that still holds it.
+
+    Raises:
+        UnreadableImageError: none does; the reason is that of the first.
+    """
+    failure: UnreadableImageError | None = None
+    for item in items:
+        try:
+            return _original(item)
+        except UnreadableImageError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _original(item: Item) -> FileContent:
     if not item.path.is_absolute():
         raise UnreadableImageError("no_original", "the index was made from vectors, nobody said where the image is")
     content = read_file(os.fspath(item.path))
@@ -216,7 +235,8 @@ def _failure(item: Item, error: UnreadableImageError | None) -> dict[str, Any]:
 
 
 def _entry(item: Item, reason: str, message: str) -> dict[str, Any]:
-    return {"id": item.id, "path": os.fspath(item.path), "reason": reason, "message": message}
+    path = os.fspath(item.path)
+    return {"id": item.id, "sha256": item.sha256, "path": path, "reason": reason, "message": message}
 
 
 def _enter(draft: Draft, part: UpgradePart, ready: Iterable[_Ready]) -> None:
@@ -240,7 +260,7 @@ def _enter(draft: Draft, part: UpgradePart, ready: Iterable[_Ready]) -> None:
         vectors.append(what.vector)
     if rows:
         part.take(rows, np.stack(vectors))
-    part.set_left_out([e for e in left_out.values() if (row := row_of(e["id"])) is not None and not moved[row]])
+    part.set_left_out(list(left_out.values()))  # `checking.prepare` strikes out what is settled
 
 
 class RowOfItem:
@@ -254,15 +274,9 @@ class RowOfItem:
     def __call__(self, number: int, sha256: str | None = None) -> int | None:
         """Row of an item; `None` if there is no such item, or it has another content than the hash says."""
         place = self._place(number)
-        if place is None or (sha256 is not None and self.sha256(number) != sha256):
+        if place is None or (sha256 is not None and self.items.value("sha256", place).hex() != sha256):
             return None
         return int(self.items.numbers("row")[place])
-
-    def sha256(self, number: int) -> str:
-        """Hex digest of an item that is there."""
-        place = self._place(number)
-        assert place is not None
-        return str(self.items.value("sha256", place).hex())
 
     def _place(self, number: int) -> int | None:
         at = int(np.searchsorted(self._ids, number))

@@ -28,7 +28,7 @@ from ..query_rows import Found, QueryRows
 from ..storage import Manifest, Store
 from ..vectors import ChosenRows
 from .bridge import Bridge, KindBridge
-from .part import read_numbers
+from .part import alive_places, read_numbers
 
 __all__ = ["MODES", "LiveUpgrade", "bridged_levels"]
 
@@ -55,7 +55,7 @@ class LiveUpgrade:
                 f"index {str(store.folder)!r}: the vectors of its upgrade do not stand for rows that exist; `mmalign "
                 "upgrade INDEX --roll-back` gives it back as it was before"
             )
-        self.alive = (self.places >= 0) & alive[self.places]
+        self.alive = alive_places(self.places, alive)
         self.bridge = Bridge.read(store.folder, self.about["bridge"])
         self.rest = Rest(store, manifest, own) if self.about["rest"] else None
 
@@ -105,7 +105,14 @@ class LiveUpgrade:
 
     def mode(self, kind: str) -> str:
         """How queries of a kind are answered now; "old" for a kind that was not measured."""
-        return str(self.about["modes"].get(kind, "old"))
+        mode = str(self.about["modes"].get(kind, "old"))
+        # Images may have come since all was embedded and "merged" needed no common scale.
+        return mode if mode != "merged" or self.can_merge(kind) else "old"
+
+    def can_merge(self, kind: str) -> bool:
+        """Whether old and new vectors have a common scale for a kind of query, or none is needed."""
+        one = self.bridge.kinds.get(kind)
+        return not self.remaining_count or (one is not None and one.bridged is not None and one.renewed is not None)
 
     def needs(self, kind: str) -> tuple[bool, bool]:
         """Whether the old and whether the new encoder have to embed queries of a kind."""
@@ -195,7 +202,7 @@ class LiveUpgrade:
         return scores, rows
 
     def _old_match(self, one: KindBridge, scores: np.ndarray, kind: str) -> np.ndarray | None:
-        if one.how == "old" or one.alpha == 0:
+        if one.how == "old" or one.alpha == 0 or not len(one.levels):
             return self.own.calibration.match(scores, kind) if self.own.calibration else None
         return Calibration(one.levels, one.levels).match(scores, kind)
 

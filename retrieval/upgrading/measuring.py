@@ -1,8 +1,8 @@
 """The compatibility report: which bridge is worth its while, on images of the index that both encoders have seen.
 
-Queries whose answer is known are split by image into three: maps are fitted on the first third (and on images that are
-no query's answer, and on texts), bridges are chosen on the second, and figures are taken on the last, which nothing
-was fitted to or chosen by.
+Queries whose answer is known are split by image: bridges are chosen on one half, figures are taken on the other, and
+maps are fitted on images that are no query's answer, on their captions, and on other texts. Intervals count images, not
+queries: captions of one image succeed and fail together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from mmalign.closed_forms import fit_ridge
 from mmalign.compatible_maps import fit_compatible_maps
 from mmalign.errors import InputError
-from mmalign.metrics import evaluate, per_query_metrics
+from mmalign.metrics import per_query_metrics
 from mmalign.metrics.compatibility import flip_rates, update_gain
 from mmalign.score_calibration import ScoreCalibration
 from mmalign.spherical_interpolation import padded_procrustes
@@ -63,7 +63,7 @@ class Task:
         old: by the old encoder; `None` where it has no tower for them.
         new: by the new one.
         target: place in the gallery of the right answer.
-        part: third of the queries: 0 to fit, 1 to choose, 2 to measure.
+        part: what each query is for: 0 to fit, 1 to choose, 2 to measure.
     """
 
     kind: str
@@ -137,7 +137,7 @@ def measure_kinds(
         maps["lambda"].append((most_pairs[0], KindBridge("lambda", 1.0, weight.T.contiguous().numpy(), offset)))
     if compatible:
         maps["compatible"].append(("", KindBridge("compatible", 1.0, np.eye(new_dim, wide, dtype=np.float32))))
-    forward = forward_map(*most_pairs[1]) if most_pairs is not None else None
+    forward = forward_map(*usable["images"]) if "images" in usable else None  # as `finish` fits it
     reports, chosen = {}, {}
     for kind, task in tasks.items():
         reports[kind], one = _measure(gallery, task, maps, forward)
@@ -201,10 +201,9 @@ def _measure(
     if forward is not None:
         queries["forward"] = (measured.new, forward(gallery.old))
     queries["new/new"] = (measured.new, gallery.new)
-    figures, hits = {}, {}
-    for name, (rows, answers) in queries.items():
-        figures[name] = _figures(rows, answers, measured)
-        hits[name] = per_query_metrics(queries=rows, gallery=answers, positives=measured.positives(), ks=(1,))["hit@1"]
+    found = {name: _hits_of(rows, answers, measured) for name, (rows, answers) in queries.items()}
+    figures = {name: _figures(values, measured.target) for name, values in found.items()}
+    hits = {name: values["hit@1"] for name, values in found.items()}
     report = KindReport(task.kind, len(measured.target), task.what, figures, fitted_on=fitted_on)
     if "old/old" in hits:
         base, top = figures["old/old"]["hit@1"], figures["new/new"]["hit@1"]
@@ -213,11 +212,11 @@ def _measure(
             report.flips[name] = {"positive": float(rates.positive), "negative": float(rates.negative)}
             report.update_gain[name] = float(update_gain(base, figures[name]["hit@1"], top)) if top > base else None
             report.compatible[name] = figures[name]["hit@1"] > base
-        difference = hits["new/new"] - hits["old/old"]
-        half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else 1.0
-        report.gain = (float(difference.mean()), half)
+        report.gain = mean_and_half(hits["new/new"] - hits["old/old"], measured.target)
     if chosen is not None:
         report.chosen, report.alpha = chosen.how, chosen.alpha
+        if "old/old" in hits and chosen.how in hits:
+            report.bridge_gain = mean_and_half(hits[chosen.how] - hits["old/old"], measured.target)
         report.curve = _curve(gallery, choosing, measured, chosen)
     return report, chosen
 
@@ -232,10 +231,29 @@ def _quality(gallery: Gallery, task: Task, one: KindBridge) -> tuple[float, floa
     return float(found["hit@1"].mean()), float(found["rr"].mean())
 
 
-def _figures(rows: np.ndarray, answers: np.ndarray, task: Task) -> dict[str, float]:
-    found = evaluate(queries=rows, gallery=answers, positives=task.positives(), ks=(1, 5, 10), bootstrap="auto")
-    names = [f"hit@{k}{end}" for k in (1, 5, 10) for end in ("", "_low", "_high")] + ["mrr"]
-    return {name: float(found[name]) for name in names}
+def _hits_of(rows: np.ndarray, answers: np.ndarray, task: Task) -> Mapping[str, np.ndarray]:
+    return per_query_metrics(queries=rows, gallery=answers, positives=task.positives(), ks=(1, 5, 10))
+
+
+def _figures(found: Mapping[str, np.ndarray], image: Int[np.ndarray, " q"]) -> dict[str, float]:
+    figures = {"mrr": float(found["rr"].mean())}
+    for name in ("hit@1", "hit@5", "hit@10"):
+        mean, half = mean_and_half(found[name], image)
+        figures |= {name: mean, f"{name}_low": max(0.0, mean - half), f"{name}_high": min(1.0, mean + half)}
+    return figures
+
+
+def mean_and_half(values: Float[np.ndarray, " q"], image: Int[np.ndarray, " q"]) -> tuple[float, float]:
+    """Mean over queries, and half of its 95 % interval where queries for one image are not independent.
+
+    From the variance of the sums of each image's deviations; three in the number of images where none deviates.
+    """
+    mean, images = float(values.mean()), np.unique(image, return_inverse=True)[1]
+    count = int(images.max()) + 1
+    sums = np.bincount(images, values - mean)
+    if count < 2 or not sums.any():
+        return mean, 3 / count
+    return mean, float(1.96 * np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))
 
 
 def _calibrated(gallery: Gallery, task: Task, one: KindBridge) -> KindBridge:
@@ -305,15 +323,22 @@ def advise(report: UpgradeReport) -> tuple[str, list[str]]:
         return "none", [
             f"the new encoder is not clearly better: R@1 of {one.kind} queries {gain:+.3f} (95 %: +-{half:.3f})"
         ]
-    reasons.append(f"R@1 of {one.kind} queries {gain:+.3f} (95 %: +-{half:.3f}) once all is embedded")
+    if "old/old" in one.figures:
+        reasons.append(f"R@1 of {one.kind} queries {gain:+.3f} (95 %: +-{half:.3f}) once all is embedded")
+    else:
+        reached = one.figures["new/new"]["hit@1"]
+        reasons.append(f"{one.kind} queries, which the old encoder does not answer: R@1 {reached:.3f}")
     time = duration(report.hours * 3600)
     if report.hours < QUICK_HOURS:
         return "re-embed", [*reasons, f"embedding the rest takes {time}"]
     bridges = [kind for kind, found in report.kinds.items() if found.compatible.get(found.chosen)]
     if not bridges:
         return "re-embed", [*reasons, "no bridge is above the old encoder on the old vectors"]
-    named = ", ".join(f"{kind}: {HOWS[report.kinds[kind].chosen]}" for kind in bridges)
-    return "bridge", [*reasons, f"a bridge is better from the first minute ({named})", f"the rest takes {time}"]
+    for kind in bridges:
+        won, about = report.kinds[kind].bridge_gain
+        how = HOWS[report.kinds[kind].chosen]
+        reasons.append(f"{kind} queries on the old vectors by {how}: R@1 {won:+.3f} (95 %: +-{about:.3f})")
+    return "bridge", [*reasons, f"the rest takes {time}"]
 
 
 def _scores(gallery: Gallery, task: Task, one: KindBridge) -> dict[str, np.ndarray | None]:

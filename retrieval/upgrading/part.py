@@ -15,7 +15,7 @@ from mmalign.errors import IndexDamagedError
 from ..part import Part
 from ..storage import Writer
 
-__all__ = ["UpgradePart", "files_beside", "new_entry", "read_left_out", "read_numbers"]
+__all__ = ["UpgradePart", "alive_places", "files_beside", "new_entry", "read_left_out", "read_numbers"]
 
 # What a person must know of an image that keeps its old vector.
 LeftOut = dict[str, Any]
@@ -126,7 +126,7 @@ class UpgradePart(Part):
 
     def alive(self, old_alive: Bool[np.ndarray, " old_rows"]) -> Bool[np.ndarray, " rows"]:
         """Which new rows stand for an old row that belongs to an item."""
-        return (self.places >= 0) & old_alive[self.places]
+        return alive_places(self.places, old_alive)
 
     def record(self) -> list[str]:
         """As `Part.record`, with what lies beside the vectors."""
@@ -152,6 +152,15 @@ class UpgradePart(Part):
         self.changed = True
         for name in names:
             self._written[name] = False
+
+
+def alive_places(
+    places: Int[np.ndarray, " rows"], old_alive: Bool[np.ndarray, " old_rows"]
+) -> Bool[np.ndarray, " rows"]:
+    """Which new rows stand for an old row that belongs to an item; a place of -1 stands for none."""
+    mask = places >= 0
+    mask[mask] = old_alive[places[mask]]
+    return mask
 
 
 def files_beside(about: dict[str, Any]) -> list[str]:

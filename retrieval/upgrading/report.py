@@ -43,6 +43,7 @@ class KindReport:
         curve: `share` of the sample that is embedded anew, `hit@1`, `hit@10` and `mode` there (see
             `retrieval.upgrading.live`).
         gain: hit@1 of new/new above old/old, and the half width of its 95 % interval.
+        bridge_gain: that of the chosen bridge.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class KindReport:
     fitted_on: str = ""
     curve: dict[str, list[Any]] = field(default_factory=dict)
     gain: tuple[float, float] = (0.0, 0.0)
+    bridge_gain: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -98,7 +100,10 @@ class UpgradeReport:
     @classmethod
     def from_dict(cls, about: Mapping[str, Any]) -> UpgradeReport:
         """What `to_dict` gave, after JSON too."""
-        kinds = {kind: KindReport(**{**one, "gain": tuple(one["gain"])}) for kind, one in about["kinds"].items()}
+        kinds = {}
+        for kind, one in about["kinds"].items():
+            gains = {name: tuple(one[name]) for name in ("gain", "bridge_gain")}  # JSON knows lists only
+            kinds[kind] = KindReport(**{**one, **gains})
         return cls(**{**about, "kinds": kinds})
 
     def lines(self) -> list[str]:

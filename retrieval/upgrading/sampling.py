@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from mmalign.encoders import Encoder
+from mmalign.files import sha256_of
 
 from ..snapshot import Snapshot
 from ..storage import Store
 from .bridge import Bridge, SupportQueries
-from .embedding import embed_rows
+from .embedding import RowOfItem, embed_rows, original_of
 from .measuring import Gallery, Pairs, Task, advise, measure_kinds
 from .ordering import Order, backfill_rows
 from .part import read_numbers
@@ -57,22 +58,26 @@ def measure_sample(
     wide = max(snapshot.dim, new.dim)
     size = sample or max(LEAST_SAMPLE, PAIRS_A_DIMENSION * wide)
     wanted = _draw(snapshot, list(captions), size, seed)
+    drawn = [snapshot.items.item(snapshot.items.positions_of_row(int(row))[0]).id for row in wanted]
     done = embed_rows(
         store, new, wanted[~_moved(snapshot)[wanted]], progress=progress, title="embedding a sample", **embed
     )
-    snapshot = Snapshot(store)  # rows may have been renumbered since
+    snapshot = Snapshot(store)  # others may have removed, added and renumbered since
     captions = support.captions_in(snapshot.items)
     about = snapshot.manifest["upgrade"]
-    rows = np.intersect1d(_draw(snapshot, list(captions), size, seed), np.flatnonzero(_moved(snapshot)))
+    row_of = RowOfItem(snapshot.items)
+    there = [row for number in drawn if (row := row_of(number)) is not None]
+    rows = np.intersect1d(np.array(there, np.int64), np.flatnonzero(_moved(snapshot)))
     gallery = _gallery(snapshot, about, rows, new, order, seed)
-    speed = done.images_per_second or about.get("speed", 0.0)
+    # A handful of images, of a run that only had those left, tells no rate.
+    speed = done.images_per_second if done.embedded >= 32 else about.get("speed") or done.images_per_second
     remaining = snapshot.alive_count - int(np.count_nonzero(snapshot.alive & _moved(snapshot)))
 
     targets = _targets(rows, captions, seed)
     tasks: dict[str, Task] = {}
     if captions and "text" in new.modalities:
         tasks |= _text_task(old, new, rows, captions, targets, seed, progress)
-    tasks |= _image_task(snapshot, old, new, rows, targets, progress)
+    tasks |= _image_task(snapshot, old, new, rows, targets, seed, progress)
     sources = _sources(snapshot, old, new, gallery, rows, captions, targets, support, progress)
     compatible = getattr(new, "compatible_with", None)
     reports, chosen, notes = measure_kinds(
@@ -84,12 +89,14 @@ def measure_sample(
         progress=progress,
     )
     if "text" in new.modalities and "text" not in tasks:
+        why = "too few images of the sample have captions" if captions else "no image of the index came with captions"
         notes.append(
-            "queries in words were not measured, and stay with the old encoder until the end; give captions of images "
-            "of the index with --support"
+            f"queries in words were not measured ({why}), and stay with the old encoder until the end; give captions "
+            "of images of the index with --support"
         )
-    if left := len(wanted) - len(rows):
-        notes.append(f"{left:,} images of the sample could not be embedded (`mmalign upgrade INDEX --left-out`)")
+    if done.failed:
+        left = f"{len(done.failed):,} images of the sample could not be embedded"
+        notes.append(f"{left} (`mmalign upgrade INDEX --left-out`)")
     report = UpgradeReport(
         old=snapshot.manifest["encoder"]["spec"],
         new=new.spec,
@@ -105,9 +112,11 @@ def measure_sample(
         notes=notes,
     )
     report.advice, report.reasons = advise(report)
-    ids = snapshot.items.numbers("id")
-    first = np.array([ids[snapshot.items.positions_of_row(int(row))[0]] for row in rows], np.int64)
-    queries = {kind: SupportQueries(task.old, task.new, first[task.target]) for kind, task in tasks.items()}
+    first = [snapshot.items.item(snapshot.items.positions_of_row(int(row))[0]) for row in rows]
+    queries = {
+        kind: SupportQueries(task.old, task.new, [(first[place].id, first[place].sha256) for place in task.target])
+        for kind, task in tasks.items()
+    }
     return Measured(report, Bridge(chosen, queries))
 
 
@@ -191,16 +200,16 @@ def _image_task(
     new: Encoder,
     rows: Int[np.ndarray, " n"],
     targets: Int[np.ndarray, " n"],
+    seed: int,
     progress: bool,
 ) -> dict[str, Task]:
-    random = np.random.default_rng(0)
+    random = np.random.default_rng((seed, 3))
     asked = np.sort(random.permutation(np.flatnonzero(targets))[:MOST_ALTERED])
-    paths: list[Path] = []
-    for place in asked:
-        items = [snapshot.items.item(position) for position in snapshot.items.positions_of_row(int(rows[place]))]
-        paths.append(next((item.path for item in items if item.exists), items[0].path))
+    items = [[snapshot.items.item(p) for p in snapshot.items.positions_of_row(int(rows[place]))] for place in asked]
     able = old if old is not None and "image" in old.modalities else None
-    (old_rows, new_rows), kept = altered_copies([able, new], paths, snapshot.decode, progress=progress)
+    (old_rows, new_rows), kept = altered_copies(
+        [able, new], [partial(original_of, files) for files in items], snapshot.decode, progress=progress
+    )
     target = asked[kept]
     part = targets[target]
     if not (part == 1).any() or not (part == 2).any():
@@ -225,7 +234,13 @@ def _sources(
     free = targets == 0
     images: Pairs = (gallery.old[free], gallery.new[free])
     if support.images and old is not None and "image" in old.modalities:
-        further = [one.encode_images(support.images, decode=snapshot.decode, progress=progress) for one in (old, new)]
+        asked = {
+            snapshot.items.item(position).sha256
+            for place in np.flatnonzero(~free)
+            for position in snapshot.items.positions_of_row(int(rows[place]))
+        }
+        files = [path for path in support.images if sha256_of(path) not in asked]
+        further = [one.encode_images(files, decode=snapshot.decode, progress=progress) for one in (old, new)]
         images = (np.concatenate([images[0], further[0]]), np.concatenate([images[1], further[1]]))
     given = [text for place in np.flatnonzero(free) for text in captions.get(int(rows[place]), [])]
     texts = text_pairs(old, new, [*given, *support.texts], progress=progress)

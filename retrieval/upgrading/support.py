@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError, UnreadableImageError, reason_of
-from mmalign.imaging import DecodeSettings, read_file
+from mmalign.imaging import DecodeSettings, FileContent
 from mmalign.pairs import read_captioned
 from mmalign.progress import progress_bar
 
@@ -109,31 +109,35 @@ def altered_copy(pixels: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 he
 
 def altered_copies(
     encoders: Sequence[Encoder | None],
-    paths: Sequence[Path],
+    readers: Sequence[Callable[[], FileContent]],
     decode: DecodeSettings,
     *,
     progress: bool = False,
 ) -> tuple[list[Float[np.ndarray, "kept dim"] | None], Int[np.ndarray, " kept"]]:
     """Altered copies of images through several encoders, and which of the images could be read.
 
-    Images are read once, in batches.
+    Args:
+        encoders: `None` gives nothing.
+        readers: of the files; may raise UnreadableImageError.
+        decode: how files become pixels.
+        progress: show a bar.
     """
     rows: list[list[np.ndarray]] = [[] for _ in encoders]
     kept: list[int] = []
-    with progress_bar("altered copies", len(paths), enabled=progress) as advance:
-        for start in range(0, len(paths), 32):
+    able = next(encoder for encoder in encoders if encoder is not None)
+    with progress_bar("altered copies", len(readers), enabled=progress) as advance:
+        for start in range(0, len(readers), 32):
             copies = []
-            for number, path in enumerate(paths[start : start + 32], start):
+            for number, read in enumerate(readers[start : start + 32], start):
                 try:
-                    reader = next(encoder for encoder in encoders if encoder is not None)
-                    copies.append(altered_copy(reader.load_image(read_file(path), decode)[0].pixels))
+                    copies.append(altered_copy(able.load_image(read(), decode)[0].pixels))
                     kept.append(number)
                 except UnreadableImageError:
                     continue
             for encoder, found in zip(encoders, rows, strict=True):
                 if encoder is not None and copies:
                     found.append(encoder.encode_images(copies))
-            advance(len(paths[start : start + 32]))
+            advance(len(readers[start : start + 32]))
     both = [
         None if encoder is None else np.concatenate(found) if found else np.zeros((0, encoder.dim), np.float32)
         for encoder, found in zip(encoders, rows, strict=True)

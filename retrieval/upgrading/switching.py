@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mmalign.errors import InputError
+from mmalign.errors import IndexDamagedError, InputError
 from mmalign.files import whole_folder
 from mmalign.progress import progress_bar
 
@@ -20,15 +22,18 @@ from ..part import Part
 from ..roots import resolve_roots, store_roots
 from ..storage import Manifest, Store, Writer
 from ..vectors import Vectors
+from .checking import prepare
 from .embedding import RowOfItem, changing
 from .measuring import forward_map, least_pairs
 from .part import UpgradePart
 
-__all__ = ["GONE", "finish_upgrade", "roll_back"]
+__all__ = ["GONE", "archives_of", "finish_upgrade", "roll_back"]
 
 GONE = ("map", "drop")
 MOST_PAIRS = 20_000
+MOST_DROPPED = 0.2
 _PIECE = 65_536
+_ARCHIVE = re.compile(r"archive-\d{6}|\.archive-\d{6}-[0-9a-f]{12}")
 
 
 def finish_upgrade(store: Store, *, gone: str, keep_old: bool, force: bool, progress: bool) -> Path | None:
@@ -40,19 +45,29 @@ def finish_upgrade(store: Store, *, gone: str, keep_old: bool, force: bool, prog
         alive = draft.alive()
         _require_done(draft, part, alive & ~moved)
         if not force:
+            prepare(draft, part)
             _require_better(part)
+            if gone == "drop":
+                _require_few(part, int(alive.sum()))
         if gone == "drop":
             alive &= moved
         elif (alive & ~moved).any():
             _require_pairs(draft, part, int((alive & moved).sum()))
+        _clear_archives(store, draft.manifest)
         archive = _archive(store, draft.manifest) if keep_old else None
         _switch(draft, part, alive, moved, progress)
-        draft.manifest["upgraded"] = {"from": part.about["from"], "archive": archive.name if archive else None}
+        before = draft.manifest.get("upgraded")
+        draft.manifest["upgraded"] = {
+            "from": part.about["from"],
+            "archive": archive.name if archive else None,
+            "generation": draft.writer.generation,
+            "earlier": archives_of(before),
+        }
         finish(draft, None, progress=progress)
     return archive
 
 
-def roll_back(store: Store) -> None:
+def roll_back(store: Store, *, force: bool = False) -> None:
     """See `IndexUpgrade.roll_back`."""
     with store.write(wait=True) as writer:
         manifest = store.read_unchecked()
@@ -61,7 +76,7 @@ def roll_back(store: Store) -> None:
             draft = Draft(writer, manifest)
             draft.touch()
             draft.checkpoint()
-            _clear_leftovers(store)
+            _clear_archives(store, draft.manifest)
             return
         about = manifest.get("upgraded")
         archive = store.folder / about["archive"] if about and about["archive"] else None
@@ -69,15 +84,26 @@ def roll_back(store: Store) -> None:
             raise InputError(
                 "no upgrade of this index is under way, and none is archived; there is nothing to roll back"
             )
+        if about and about["generation"] != manifest["generation"] and not force:
+            raise InputError(
+                "the index has been written since the upgrade was finished; what was added, removed or changed would "
+                f"be lost. Use --force (force=True) to go back all the same, or open {str(archive)!r}, which is the "
+                "index as it was"
+            )
         _restore(writer, Store(archive))
-    shutil.rmtree(archive, ignore_errors=True)
+        _clear_archives(store, store.read_manifest())
+
+
+def archives_of(about: dict[str, Any] | None) -> list[str]:
+    """Archives that a manifest's entry `upgraded` knows of, the newest first."""
+    return [name for name in (about["archive"], *about["earlier"]) if name] if about else []
 
 
 def _require_done(draft: Draft, part: UpgradePart, remaining: Bool[np.ndarray, " rows"]) -> None:
     if part.about["stage"] != "running":
         raise InputError("the upgrade has not been started; `mmalign upgrade INDEX --to ENCODER` does")
     row_of = RowOfItem(draft.stored_items())
-    known = [row for entry in part.left_out if (row := row_of(entry["id"])) is not None]
+    known = [row for entry in part.left_out if (row := row_of(entry["id"], entry["sha256"])) is not None]
     remaining = remaining.copy()
     remaining[known] = False
     if count := int(remaining.sum()):
@@ -94,6 +120,15 @@ def _require_better(part: UpgradePart) -> None:
                 f"than with the old one ({figures['old'][0]:.3f}); --roll-back keeps the old one, --force switches all "
                 "the same"
             )
+
+
+def _require_few(part: UpgradePart, images: int) -> None:
+    missing = len(part.left_out)
+    if missing > 10 and missing > MOST_DROPPED * images:
+        raise InputError(
+            f"{missing:,} of {images:,} images could not be embedded and would be dropped; is a disk away? If they are "
+            "gone for good, use --force (force=True)"
+        )
 
 
 def _require_pairs(draft: Draft, part: UpgradePart, pairs: int) -> None:
@@ -170,32 +205,27 @@ def _archive(store: Store, manifest: Manifest) -> Path:
     """The index as it is without the upgrade, as an index of its own inside the folder; its files are linked."""
     target = store.folder / f"archive-{manifest['generation']:06d}"
     roots = store_roots(resolve_roots(manifest["roots"], store.folder), target)
-    _clear_leftovers(store)
     remedy = "make room, or finish without an archive (--delete-old)"
     with whole_folder(target, remedy=remedy) as fresh, Store(fresh).create() as writer:
-        names = _own_files(manifest)
-        for name in names:
-            writer.adopt(store.folder / name, manifest["files"][name])
-        writer.publish({**manifest, "upgrade": None, "roots": roots}, names)
+        writer.publish(*writer.adopt({**manifest, "upgrade": None, "roots": roots}, store.folder))
     return target
 
 
-def _clear_leftovers(store: Store) -> None:
-    """Half an archive of a run that was killed: its links would keep the old files on the disk."""
-    for path in store.folder.glob(".archive-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _clear_archives(store: Store, manifest: Manifest) -> None:
+    """Remove archives that belong to no manifest, whole or half: of runs that were stopped. They hold disk space."""
+    known = archives_of(manifest.get("upgraded"))
+    for path in store.folder.iterdir():
+        if _ARCHIVE.fullmatch(path.name) and path.name not in known:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(writer: Writer, archive: Store) -> None:
     manifest = archive.read_manifest()
-    names = list(manifest["files"])
-    for name in names:
-        writer.adopt(archive.folder / name, manifest["files"][name])
+    for name, problem in archive.check_contents(manifest):
+        if problem:
+            raise IndexDamagedError(
+                f"archive {str(archive.folder)!r} is damaged: {name} {problem}; nothing was changed, the index stays "
+                "as it is"
+            )
     roots = store_roots(resolve_roots(manifest["roots"], archive.folder), writer.folder)
-    writer.publish({**manifest, "roots": roots}, names)
-
-
-def _own_files(manifest: Manifest) -> list[str]:
-    names = [segment["file"] for segment in manifest["segments"]]
-    names += [manifest[part] for part in ("items", "metadata", "skipped") if manifest[part]]
-    return names + [manifest[part]["file"] for part in ("queries", "faiss") if manifest[part]]
+    writer.publish(*writer.adopt({**manifest, "roots": roots}, archive.folder))

@@ -14,16 +14,18 @@ from mmalign.checks import at_least, one_of
 from mmalign.encoders import Encoder
 from mmalign.errors import InputError
 
+from ..calibration import query_bank
 from ..draft import CHECKPOINT_SECONDS, Draft
+from ..finishing import needs_queries, write_queries
 from ..recorded_encoder import check_encoder, describe_encoder, given_encoder, load_recorded
 from ..snapshot import Snapshot
 from ..storage import Store, find_index
 from .bridge import Bridge, Content
-from .checking import prepare, write_reference_queries
+from .checking import prepare
 from .embedding import Progress, RowOfItem, changing, embed_rows, opened_upgrade
 from .live import bridged_levels
 from .ordering import Order, backfill_rows
-from .part import UpgradePart, new_entry, read_left_out, read_numbers
+from .part import UpgradePart, alive_places, new_entry, read_numbers
 from .report import UpgradeReport
 from .sampling import measure_sample
 from .support import Support, read_support
@@ -77,9 +79,9 @@ def status_of(snapshot: Snapshot) -> UpgradeStatus:
         if done and done["archive"] and (folder / done["archive"]).is_dir():
             return UpgradeStatus("finished", own, None, images, archive=os.fspath(folder / done["archive"]))
         return UpgradeStatus("none", own, None, images)
-    places = read_numbers(folder, about["places"])
-    moved = int(np.count_nonzero(snapshot.alive[places[places >= 0]]))
-    left_out = len(read_left_out(folder, about["left_out"]))
+    assert snapshot.places is not None
+    moved = int(np.count_nonzero(alive_places(snapshot.places, snapshot.alive)))
+    left_out = len(snapshot.left_out)
     new, modes, checked = about["encoder"]["spec"], about["modes"], about["checked"]
     return UpgradeStatus(about["stage"], own, new, images, moved, left_out, modes, checked)
 
@@ -177,8 +179,7 @@ class IndexUpgrade:
 
     def left_out(self) -> list[dict[str, Any]]:
         """Images that could not be embedded, with `id`, `path`, `reason` and `message`. They keep their old vectors."""
-        about = self.store.read_manifest().get("upgrade")
-        return read_left_out(self.folder, about["left_out"]) if about else []
+        return Snapshot(self.store).left_out
 
     # -- the steps -------------------------------------------------------------------------------------------------
 
@@ -214,7 +215,6 @@ class IndexUpgrade:
             InputError: no encoder was given, it is the index's own, or has no tower for what the index answers; the
                 upgrade is running already; the support set has nothing to do with the index.
             EncoderMismatchError: an upgrade to another encoder has begun, or an encoder is not what was recorded.
-            IndexLockedError: never for long: it waits for others.
         """
         at_least("sample", sample, 2)
         at_least("seed", seed, 0)
@@ -233,13 +233,14 @@ class IndexUpgrade:
             seed=seed,
             progress=progress,
         )
-        with changing(self.store, new) as draft:
+        references = new.encode_texts(query_bank(result.report.images)) if "text" in new.modalities else None
+        with changing(self.store, new, brief=True) as draft:
             part = self._part(draft, "measuring", "measured")
             part.about["bridge"] = result.bridge.write(draft.writer)
             part.about["report"] = result.report.to_dict()
             part.about["stage"], part.about["speed"] = "measured", result.report.images_per_second
-            if "text" in new.modalities:
-                write_reference_queries(draft, part, new.encode_texts)
+            if references is not None and needs_queries(part, result.report.images):
+                write_queries(part, references, built_in=True)
             part.changed = True
             draft.checkpoint()
         return result.report
@@ -259,6 +260,7 @@ class IndexUpgrade:
         Raises:
             InputError: nothing was measured yet, the report advises against it, or the order cannot be had.
         """
+        self._check_to()
         report = self.report()
         if report is None:
             raise InputError("nothing was measured yet; do that first: `mmalign upgrade INDEX --to ENCODER --measure`")
@@ -268,7 +270,7 @@ class IndexUpgrade:
                 "it all the same, or --roll-back to forget it"
             )
         name = order if isinstance(order, str) else getattr(order, "__name__", "callable")
-        with changing(self.store, None) as draft:
+        with changing(self.store, None, brief=True) as draft:
             part = self._part(draft, "measured")
             snapshot = Snapshot(self.store)
             rows = backfill_rows(snapshot, order, seed=seed, progress=progress)
@@ -344,8 +346,8 @@ class IndexUpgrade:
             gone: what becomes of images that could not be embedded: "map" keeps them, their old vectors taken to the
                 new space by ridge regression and flagged `mapped` (they are embedded properly once an update finds
                 them again); "drop" removes them from the index.
-            keep_old: archive the index as it was inside the index folder; else its files are deleted.
-            force: also where the new encoder is worse on the support set.
+            keep_old: archive the index as it was inside the index folder; else its files go with the next write.
+            force: also where the new encoder is worse on the support set, or more than a fifth would be dropped.
             progress: show a bar.
 
         Returns:
@@ -356,17 +358,27 @@ class IndexUpgrade:
                 tell how to map what is gone.
         """
         one_of("gone", gone, GONE)
+        self._check_to()
         return finish_upgrade(self.store, gone=gone, keep_old=keep_old, force=force, progress=progress)
 
-    def roll_back(self) -> None:
+    def roll_back(self, *, force: bool = False) -> None:
         """Forget the upgrade: the index is as if it had not been, updates since its start included.
 
-        After `finish` it is the archived index that comes back, exactly; what was added since is to be indexed again.
+        After `finish` it is the archived index that comes back, exactly, and the archive is gone.
+
+        Args:
+            force: go back after `finish` although the index has been written since, and lose that.
 
         Raises:
-            InputError: there is nothing to roll back.
+            InputError: there is nothing to roll back, or what was written since `finish` would be lost.
+            IndexDamagedError: the archive is not what was written; nothing was changed.
         """
-        roll_back(self.store)
+        roll_back(self.store, force=force)
+
+    def _check_to(self) -> None:
+        """An encoder that was named must be the one that the upgrade is to."""
+        if self._to is not None and self.store.read_manifest().get("upgrade"):
+            _ = self.new_encoder
 
     def _begin(self) -> Encoder:
         """The new encoder, with an entry in the manifest."""
@@ -406,13 +418,13 @@ class IndexUpgrade:
 
 def _release(draft: Draft, part: UpgradePart, bridge: Bridge) -> dict[Content, np.ndarray]:
     """Keep back the new vectors of what the support set asks for; see `Bridge.held`."""
-    asked = sorted({int(number) for queries in bridge.support.values() for number in queries.items})
+    asked = sorted({answer for queries in bridge.support.values() for answer in queries.answers})
     row_of, moved = RowOfItem(draft.stored_items()), part.moved(draft.rows)
-    known = {number: row for number in asked if (row := row_of(number)) is not None and moved[row]}
+    known = {answer: row for answer in asked if (row := row_of(*answer)) is not None and moved[row]}
     if not known:
         return {}
     vectors = part.release(np.array(list(known.values()), np.int64), manifest=draft.manifest)
-    return {(number, row_of.sha256(number)): vector for number, vector in zip(known, vectors, strict=True)}
+    return dict(zip(known, vectors, strict=True))
 
 
 def _todo(snapshot: Snapshot, failed: dict[int, dict[str, Any]]) -> np.ndarray:

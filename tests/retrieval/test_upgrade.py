@@ -60,7 +60,7 @@ class World:
         """hit@1 and hit@10 of the text queries of the support set, one by one through `search`."""
         index = self.open()
         about = index.manifest["upgrade"]["bridge"]
-        wanted = set(Bridge.read(index.folder, about).support["text"].items.tolist())
+        wanted = {number for number, _ in Bridge.read(index.folder, about).support["text"].answers}
         found = []
         for item in index:
             if item.id in wanted:
@@ -93,7 +93,11 @@ def results(index: ImageIndex) -> list[list[tuple[str, float]]]:
 def own_parts(index: ImageIndex) -> dict[str, Any]:
     """What the manifest says of everything but an upgrade, names of the files of the item table left out."""
     left_out = {"upgrade", "upgraded", "generation", "written", "files", "items", "skipped", "roots"}
-    return {name: value for name, value in index.manifest.items() if name not in left_out}
+    parts = {name: value for name, value in index.manifest.items() if name not in left_out}
+    for name in ("segments", "faiss", "queries"):  # names of files apart, their contents
+        entries = parts[name] if name == "segments" else [parts[name]]
+        parts[name] = [{**entry, "file": index.manifest["files"][entry["file"]]["sha256"]} for entry in entries]
+    return parts
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def test_never_worse_on_the_way_and_new_at_the_end(world: World) -> None:
     support = Bridge.read(world.photos / ".mmalign", about["bridge"]).support["text"]
     vectors = world.open().vectors
     items = {item.id: item for item in world.open()}
-    rows = np.array([items[number].row for number in support.items.tolist()])
+    rows = np.array([items[number].row for number, _ in support.answers])
     assert support.old is not None
     ranks = (support.old @ vectors.gather(np.arange(len(vectors))).T).argsort(axis=1)[:, ::-1]
     baseline = (ranks[:, 0] == rows).mean(), (ranks[:, :10] == rows[:, None]).any(axis=1).mean()

@@ -18,7 +18,7 @@ from retrieval.index_types import make_index
 from retrieval.query_rows import QueryRows
 from retrieval.upgrading.bridge import Bridge, KindBridge
 from retrieval.upgrading.live import LiveUpgrade
-from retrieval.upgrading.measuring import Gallery, Task, choose_mode, forward_map, measure_kinds
+from retrieval.upgrading.measuring import Gallery, Task, choose_mode, forward_map, mean_and_half, measure_kinds
 from retrieval.upgrading.support import altered_copy
 
 
@@ -60,18 +60,23 @@ def test_a_bridge_is_what_was_written(tmp_path: Path) -> None:
         "text": KindBridge("slerp", 0.4, random.random((3, 4), np.float32), None, scale, scale, levels),
         "image": KindBridge("lambda", 1.0, random.random((3, 4), np.float32), random.random(4, np.float32)),
     }
-    rows = random.random((2, 4), np.float32), random.random((2, 3), np.float32), np.array([7, 9])
+    answers = [(7, "ab" * 32), (9, "01" * 32)]
+    rows = random.random((2, 4), np.float32), random.random((2, 3), np.float32), answers
     support = {"text": SupportQueries(*rows), "image": SupportQueries(None, *rows[1:])}
+    held = dict(zip(answers, random.random((2, 3), np.float32), strict=True))
     with storage.Store(tmp_path / "idx").create() as writer:
-        about = Bridge(kinds, support).write(writer)
+        about = Bridge(kinds, support, held).write(writer)
         again = Bridge.read(tmp_path / "idx", about)
     for kind, one in kinds.items():
         for name in ("how", "alpha", "bridged", "renewed"):
             assert getattr(again.kinds[kind], name) == getattr(one, name)
         for name in ("matrix", "offset", "levels"):
             np.testing.assert_array_equal(getattr(again.kinds[kind], name), getattr(one, name))
-        for name in ("old", "new", "items"):
+        for name in ("old", "new"):
             np.testing.assert_array_equal(getattr(again.support[kind], name), getattr(support[kind], name))
+        assert again.support[kind].answers == answers
+    assert list(again.held) == answers
+    np.testing.assert_array_equal(list(again.held.values()), list(held.values()))
 
 
 def test_the_middle_of_a_picture_mirrored() -> None:
@@ -124,7 +129,8 @@ def test_every_index_type_gives_the_merged_ranking(
     if factory != "auto":
         assert index.manifest["faiss"]["factory"] == live.about["faiss"]["factory"] == factory
     texts = [f"{n} {255 - n} {(7 * n) % 256}" for n in range(0, 250, 23)]
-    query = index.text_queries(texts)
+    weak, strong = ColourEncoder("weak"), ColourEncoder("strong")
+    query = QueryRows("text", weak.encode_texts(texts), strong.encode_texts(texts))
     for k in (1, 10, 200)["PCA" in factory :]:  # of half the dimensions, the best need not be among the first four
         found = live.find(query, k, mode="merged")
         exact = live.find(query, k, mode="merged", exact=True)
@@ -270,7 +276,7 @@ def test_report_by_hand() -> None:
                 assert report.flips[name]["negative"] == pytest.approx((~expected & base).mean())
                 assert report.compatible[name] == (expected.mean() > base.mean())
     gain = hits(task.new[last], gallery.new, task.target[last], 1).astype(float) - base
-    assert report.gain == pytest.approx((gain.mean(), 1.96 * gain.std(ddof=1) / len(gain) ** 0.5))
+    assert report.gain[0] == pytest.approx(gain.mean())
     assert report.curve["hit@1"][-1] == report.figures["new/new"]["hit@1"]
     assert any("fewer than 5 pairs a dimension" in note for note in notes) == (len(pairs[0]) < 50)
     one = chosen["text"]
@@ -279,6 +285,16 @@ def test_report_by_hand() -> None:
     matched = np.einsum("qd,qd->q", task.new[choosing], gallery.new[task.target[choosing]])
     assert one.renewed is not None
     assert one.renewed.matched_mean == pytest.approx(matched.mean(), abs=1e-5)
+
+
+def test_intervals_count_images() -> None:
+    random = np.random.default_rng(0)
+    single = random.random(40)
+    mean, half = mean_and_half(single, np.arange(40))
+    assert (mean, half) == pytest.approx((single.mean(), 1.96 * single.std(ddof=1) / 40**0.5))
+    repeated = mean_and_half(np.repeat(single, 10), np.repeat(np.arange(40), 10))
+    assert repeated == pytest.approx((mean, half)), "ten captions that agree are no ten images"
+    assert mean_and_half(np.ones(6), np.array([1, 1, 2, 2, 3, 3])) == (1.0, 1.0), "and three prove little"
 
 
 def test_curve_by_hand() -> None:
