@@ -377,8 +377,9 @@ class IndexUpgrade:
 
     def _check_to(self) -> None:
         """An encoder that was named must be the one that the upgrade is to."""
-        if self._to is not None and self.store.read_manifest().get("upgrade"):
-            _ = self.new_encoder
+        about = self.store.read_manifest().get("upgrade")
+        if self._to is not None and about:
+            opened_upgrade(about, self.new_encoder)
 
     def _begin(self) -> Encoder:
         """The new encoder, with an entry in the manifest."""

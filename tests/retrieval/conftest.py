@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from colour_encoder import ColourEncoder, paint_folder
 from crashing import Run, serve
 from drawing import draw
 from tiny_encoder import TinyEncoder
+from upgrade_world import IMAGES, SAMPLE, World
 
-from retrieval import ImageIndex
+from retrieval import ImageIndex, IndexUpgrade
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,27 @@ def public_path() -> Iterator[Path]:
         os.chown(path, 65534, 65534)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`photos` with an index of the weak encoder and an upgrade to the strong one measured; `photos.jsonl` beside."""
+    where = tmp_path_factory.mktemp("upgrade")
+    captions = paint_folder(where / "photos", IMAGES)
+    weak, strong = ColourEncoder("weak"), ColourEncoder("strong")
+    ImageIndex.build(where / "photos", encoder=weak)
+    shutil.copytree(where / "photos", where / "before")
+    IndexUpgrade(where / "photos", strong, encoder=weak).measure(captions, sample=SAMPLE)
+    return where
+
+
+@pytest.fixture
+def world(measured_once: Path, tmp_path: Path) -> World:
+    """Measured."""
+    return World(measured_once, tmp_path, "photos")
+
+
+@pytest.fixture
+def fresh(measured_once: Path, tmp_path: Path) -> World:
+    """Indexed by the weak encoder, nothing more."""
+    return World(measured_once, tmp_path, "before")
