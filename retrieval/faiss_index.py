@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from mmalign.errors import IndexDamagedError, InputError
 from mmalign.progress import progress_bar
@@ -35,8 +35,6 @@ __all__ = [
     "grow",
     "read",
     "search",
-    "selector_of",
-    "takes_selector",
     "tune",
     "write",
 ]
@@ -195,53 +193,20 @@ def set_parameters(index: Any, parameters: dict[str, int]) -> None:
 
 
 def search(
-    index: Any,
-    queries: Float[np.ndarray, "q dim"],
-    k: int,
-    *,
-    selector: Int[np.ndarray, " bytes"] | None = None,
-    share: float = 1.0,
+    index: Any, queries: Float[np.ndarray, "q dim"], k: int
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-    """FAISS search; row -1 pads short results. Few queries run on one thread, which is faster and safe in servers.
-
-    Args:
-        index: what to ask.
-        queries: unit rows.
-        k: results a query.
-        selector: which rows may be found, as `selector_of` gives them; only where `takes_selector`.
-        share: of the rows that it selects; as many more inverted lists are visited, of which less is compared.
-    """
+    """FAISS search; row -1 pads short results. Few queries run on one thread, which is faster and safe in servers."""
     faiss = import_faiss()
-    options = {} if selector is None else {"params": _selecting(faiss, index, selector, share)}
     if len(queries) >= 8:
         # Since FAISS 1.14.2 the matrix-product path starts at 128,000 = queries x dim, far too late at dim 512.
         faiss.cvar.distance_compute_blas_threshold = 2 * queries.shape[1]
-        return index.search(queries, k, **options)
+        return index.search(queries, k)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        return index.search(queries, k, **options)
+        return index.search(queries, k)
     finally:
         faiss.omp_set_num_threads(threads)
-
-
-def takes_selector(index: Any) -> bool:
-    """Whether a type applies a selector: inverted lists, and exact scans; none that wraps another."""
-    faiss = import_faiss()
-    return isinstance(index, (faiss.IndexIVF, faiss.IndexFlat, faiss.IndexScalarQuantizer))
-
-
-def selector_of(allowed: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " bytes"]:
-    """Rows that may be found, one bit each."""
-    return np.packbits(allowed, bitorder="little")
-
-
-def _selecting(faiss: Any, index: Any, selector: np.ndarray, share: float) -> Any:
-    chosen = faiss.IDSelectorBitmap(selector)
-    if isinstance(index, faiss.IndexIVF):
-        lists = min(index.nlist, math.ceil(index.nprobe / max(share, 1e-9)))
-        return faiss.SearchParametersIVF(sel=chosen, nprobe=lists)
-    return faiss.SearchParameters(sel=chosen)
 
 
 def tune(

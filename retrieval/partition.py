@@ -65,7 +65,6 @@ class SearchedRows:
         allowed: Bool[np.ndarray, " rows"],
         *,
         kept: int | None = None,
-        selector: Int[np.ndarray, " bytes"] | None = None,
         exact: bool = False,
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """Exact cosines and rows of the k best allowed rows; see `retrieval.row_search.search_rows`."""
@@ -77,7 +76,6 @@ class SearchedRows:
             kept=kept,
             about=None if exact else self.about["faiss"],
             index=lambda: self.faiss,
-            selector=selector,
         )
 
 

@@ -17,7 +17,7 @@ __all__ = ["search_rows"]
 # Up to so many kept rows, or so small a share of all, an exact scan of them beats any index.
 _SCAN_ROWS = 20_000
 _SCAN_SHARE = 0.1
-_FEW_ROWS = 256  # not even a selector is worth its while
+_MOST = 0.7  # but where nearly all are kept, fetching a few more is quicker than any scan
 
 
 def search_rows(
@@ -29,13 +29,11 @@ def search_rows(
     kept: int | None,
     about: dict[str, Any] | None,
     index: Callable[[], Any],
-    selector: Int[np.ndarray, " bytes"] | None = None,
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """Exact cosines and rows of the k best allowed rows for each query; row -1 pads short results.
 
-    FAISS is asked without any filter, unless a `selector` is given and its type surely applies it. The k best of an
-    unfiltered ranking that pass a filter are the k best that pass, so it is enough to fetch more and to count; where
-    too few of them pass, the kept rows are scanned.
+    FAISS is asked without any filter. The k best of an unfiltered ranking that pass a filter are the k best that pass,
+    so it is enough to fetch more and to count; where too few of them pass, the kept rows are scanned.
 
     Args:
         vectors: all rows.
@@ -45,7 +43,6 @@ def search_rows(
         kept: how many these are, if known.
         about: the manifest's entry on the FAISS index; `None` scans everything.
         index: gives the FAISS index, loaded when first needed, or `None` if it is no longer there.
-        selector: `allowed` as bits (`faiss_index.selector_of`), for a filter that many searches share.
     """
     total = len(vectors)
     kept = int(np.count_nonzero(allowed)) if kept is None else kept
@@ -58,22 +55,16 @@ def search_rows(
         rows = start + np.flatnonzero(allowed[start:]) if filtered or start else None
         return exact_search(vectors, queries, k, rows=rows)
 
-    if about is None or (filtered and kept <= _FEW_ROWS):
+    few = filtered and kept <= max(_SCAN_ROWS, _SCAN_SHARE * total) and kept < _MOST * total
+    if about is None or few:
         return scan(queries)
-    few = filtered and kept <= max(_SCAN_ROWS, _SCAN_SHARE * total)
-    approximate = index() if selector is not None or not few else None
+    approximate = index()
     if approximate is None:
         return scan(queries)
     depth = about["candidates"] * k
-    if filtered and selector is not None and faiss_index.takes_selector(approximate):
-        depth = min(about["rows"], max(depth, wanted))
-        _, found = faiss_index.search(approximate, queries, depth, selector=selector, share=kept / total)
-    elif few:
-        return scan(queries)
-    else:
-        if filtered:
-            depth = int(1.5 * depth * total / kept)
-        _, found = faiss_index.search(approximate, queries, min(about["rows"], max(depth, wanted)))
+    if filtered:
+        depth = int(1.5 * depth * total / kept)
+    _, found = faiss_index.search(approximate, queries, min(about["rows"], max(depth, wanted)))
     if filtered:
         found = np.where((found >= 0) & allowed[found], found, -1)
     scores, rows = rescore(vectors, queries, found, k)

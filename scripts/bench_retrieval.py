@@ -241,7 +241,7 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def bench_upgrade(arguments: argparse.Namespace) -> None:
-    """One text-like query at a time by both partitions, bridge and merging included; and the Procrustes fit."""
+    """From a text-like query's vectors to hits, one at a time, bridge and merging included; and the Procrustes fit."""
     import torch
 
     from mmalign.score_calibration import ScoreCalibration
@@ -291,12 +291,12 @@ def bench_upgrade(arguments: argparse.Namespace) -> None:
                 faiss.omp_set_num_threads(1)
                 asked = [QueryRows("text", q[None], q[None] @ rotation) for q in queries]
                 plain = [QueryRows("text", q[None]) for q in queries]
-                live.find(asked[0], 10)
-                one.find(plain[0], 10)
+                live.search(asked[0], 10)
+                one.search(plain[0], 10)
                 times: list[list[float]] = [[], []]
                 for a, b in zip(plain, asked, strict=True):  # alternating, so that a neighbour disturbs both alike
-                    times[0].append(seconds(partial(one.find, a, 10)))
-                    times[1].append(seconds(partial(live.find, b, 10)))
+                    times[0].append(seconds(partial(one.search, a, 10)))
+                    times[1].append(seconds(partial(live.search, b, 10)))
                 faiss.omp_set_num_threads(os.cpu_count() or 1)
                 single, double = (1e3 * float(np.median(values)) for values in times)
                 cells.append(f"{share:.0%}: {double:.3f} ({double / single:.2f})")

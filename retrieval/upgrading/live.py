@@ -22,7 +22,6 @@ from mmalign.errors import IndexDamagedError
 
 from ..calibration import Calibration, background_rows, best_by_chance
 from ..exact import merge_top
-from ..faiss_index import selector_of
 from ..partition import Partition, SearchedRows
 from ..query_rows import Found, QueryRows
 from ..storage import Manifest, Store
@@ -86,14 +85,10 @@ class LiveUpgrade:
         return int(np.count_nonzero(self.alive))
 
     @cached_property
-    def _selector(self) -> Int[np.ndarray, " bytes"]:
-        return selector_of(self.remaining)
-
-    @cached_property
-    def _in_rest(self) -> tuple[Bool[np.ndarray, " rest"], int, Int[np.ndarray, " bytes"]]:
+    def _in_rest(self) -> tuple[Bool[np.ndarray, " rest"], int]:
         assert self.rest is not None
         allowed = self.remaining[self.rest.rows]
-        return allowed, int(np.count_nonzero(allowed)), selector_of(allowed)
+        return allowed, int(np.count_nonzero(allowed))
 
     @cached_property
     def _beyond_rest(self) -> Bool[np.ndarray, " old_rows"] | None:
@@ -172,8 +167,7 @@ class LiveUpgrade:
         elif self.rest is not None:
             scores, rows = self._search_rest(bridged, k, exact)
         else:
-            how: dict[str, Any] = {"kept": self.remaining_count, "selector": self._selector, "exact": exact}
-            scores, rows = self.own.search(bridged, k, self.remaining, **how)
+            scores, rows = self.own.search(bridged, k, self.remaining, kept=self.remaining_count, exact=exact)
         renewed = self._renewed(query, k, mask, exact)
         common = [one.bridged.log_likelihood_ratio(scores), one.renewed.log_likelihood_ratio(renewed.scores)]
         both = np.concatenate([rows, renewed.rows], axis=1)
@@ -194,8 +188,8 @@ class LiveUpgrade:
 
     def _search_rest(self, bridged: np.ndarray, k: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         assert self.rest is not None
-        allowed, kept, selector = self._in_rest
-        scores, places = self.rest.search(bridged, k, allowed, kept=kept, selector=selector, exact=exact)
+        allowed, kept = self._in_rest
+        scores, places = self.rest.search(bridged, k, allowed, kept=kept, exact=exact)
         rows = np.where(places >= 0, self.rest.rows[places], -1)
         if self._beyond_rest is not None:
             scores, rows = merge_top(scores, rows, *self.own.search(bridged, k, self._beyond_rest), k)

@@ -295,14 +295,14 @@ def _curve(gallery: Gallery, choosing: Task, measured: Task, one: KindBridge) ->
 
 
 def choose_mode(figures: Mapping[str, tuple[float, float]]) -> str:
-    """The best of the modes that lose nothing against "old" at either depth; later modes where they are equal.
+    """The best at hit@1, then at hit@10, of the modes that lose nothing against "old" at either; later ones of equals.
 
     Args:
         figures: mode -> (hit@1, hit@10), as far as they can be had.
     """
     base = figures.get("old", (-1.0, -1.0))
     able = {mode: found for mode, found in figures.items() if found[0] >= base[0] and found[1] >= base[1]}
-    return max(able, key=lambda mode: (sum(able[mode]), MODES.index(mode)))
+    return max(able, key=lambda mode: (*able[mode], MODES.index(mode)))
 
 
 def advise(report: UpgradeReport) -> tuple[str, list[str]]:

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from colour_encoder import ColourEncoder, paint_folder
-from drawing import clustered, unit
+from drawing import unit
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import norm
 
 from mmalign.score_calibration import ScoreCalibration
-from retrieval import ImageIndex, IndexUpgrade, faiss_index
-from retrieval.index_types import make_index
+from retrieval import ImageIndex, IndexUpgrade
 from retrieval.query_rows import QueryRows
 from retrieval.upgrading.bridge import Bridge, KindBridge
 from retrieval.upgrading.live import LiveUpgrade
@@ -114,7 +113,7 @@ def test_every_index_type_gives_the_merged_ranking(
 ) -> None:
     from retrieval import row_search
 
-    for name in ("_FEW_ROWS", "_SCAN_ROWS", "_SCAN_SHARE"):  # so few rows would be scanned, whatever the type
+    for name in ("_SCAN_ROWS", "_SCAN_SHARE"):  # so few rows would be scanned, whatever the type
         monkeypatch.setattr(row_search, name, 0)
     shutil.copytree(running, tmp_path / "photos")
     index = ImageIndex.open(tmp_path / "photos")
@@ -198,32 +197,6 @@ def test_modes(running: Path) -> None:
 )
 def test_the_mode_loses_at_no_depth(figures: dict[str, tuple[float, float]], mode: str) -> None:
     assert choose_mode(figures) == mode
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "SQ8", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs", "IVF8,RaBitQfs"])
-@pytest.mark.parametrize("share", [0.5, 0.05])
-def test_selectors_select(factory: str, share: float) -> None:
-    vectors, queries = clustered(3000, 32), clustered(9, 32, seed=1)
-    index, _ = make_index(factory, 32, 3000)
-    index.train(vectors)
-    index.add(vectors)
-    assert faiss_index.takes_selector(index)
-    allowed = np.random.default_rng(0).random(3000) < share
-    selector = faiss_index.selector_of(allowed)
-    for batch in (queries, queries[:1]):
-        scores, found = faiss_index.search(index, batch, 200, selector=selector, share=1e-6)
-        assert allowed[found[found >= 0]].all()
-        expected = np.sort((batch @ vectors.T)[:, allowed], axis=1)[:, ::-1]
-        count = min(200, int(allowed.sum()))
-        assert ((found >= 0).sum(axis=1) == count).all()
-        if "RaBitQ" not in factory and "PQ" not in factory:
-            np.testing.assert_allclose(scores[:, :count], expected[:, :count], atol=0.02)
-
-
-@pytest.mark.parametrize("factory", ["HNSW16", "PQ8x4fs", "RaBitQfs", "PCA8,IVF8,Flat", "IVF8,SQ8,Refine(SQ8)"])
-def test_types_that_would_ignore_a_selector(factory: str) -> None:
-    assert not faiss_index.takes_selector(make_index(factory, 32, 3000)[0])
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
