@@ -64,7 +64,7 @@ class _Ready:
 
 
 def embed_rows(
-    store: Store,
+    snapshot: Snapshot,
     encoder: Encoder,
     rows: Int[np.ndarray, " n"],
     *,
@@ -79,9 +79,9 @@ def embed_rows(
     """Embed old rows that have no new vector yet, in the order given. Ctrl-C loses nothing that is encoded.
 
     Args:
-        store: of the index.
+        snapshot: the index as it was when the rows were chosen.
         encoder: the new one.
-        rows: as the index numbers them now.
+        rows: as the snapshot numbers them.
         publish: called under the lock before each publication.
         known: vectors that the encoder gave before; their files are read and compared, not encoded.
         batch_size: images a forward pass.
@@ -94,7 +94,7 @@ def embed_rows(
         InputError: the upgrade was rolled back or finished meanwhile.
         EncoderMismatchError: another was begun.
     """
-    snapshot = Snapshot(store)
+    store = snapshot.store
     done = Progress(0, 0.0, {})
     ready: list[_Ready] = []
     spent_publishing = 0.0

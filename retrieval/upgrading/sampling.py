@@ -60,7 +60,7 @@ def measure_sample(
     wanted = _draw(snapshot, list(captions), size, seed)
     drawn = [snapshot.items.item(snapshot.items.positions_of_row(int(row))[0]).id for row in wanted]
     done = embed_rows(
-        store, new, wanted[~_moved(snapshot)[wanted]], progress=progress, title="embedding a sample", **embed
+        snapshot, new, wanted[~_moved(snapshot)[wanted]], progress=progress, title="embedding a sample", **embed
     )
     snapshot = Snapshot(store)  # others may have removed, added and renumbered since
     captions = support.captions_in(snapshot.items)

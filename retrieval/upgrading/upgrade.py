@@ -322,7 +322,7 @@ class IndexUpgrade:
             if not len(todo):
                 return total
             done = embed_rows(
-                self.store,
+                snapshot,
                 new,
                 todo,
                 publish=prepare,
