@@ -95,7 +95,8 @@ def measure_modes(
     for mode in MODES:
         if mode == "old" and kept.old is None:
             continue
-        if mode == "bridged" and (one is None or (one.needs_old and kept.old is None)):
+        # A bridge that is the old query is no other mode.
+        if mode == "bridged" and (one is None or one.how == "old" or (one.needs_old and kept.old is None)):
             continue
         if mode == "merged" and not live.can_merge(kind):
             continue
