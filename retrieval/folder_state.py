@@ -17,7 +17,7 @@ from .items import NO_HASH, display_path
 from .report import UpdateReport
 from .scan import FoundFile, ScanResult
 
-__all__ = ["MAPPED", "FolderState", "Loaded"]
+__all__ = ["MAPPED", "FolderState", "Loaded", "without_mapped"]
 
 # Among an item's flags: its vector was brought over from an old encoder, the file itself was never read by this one.
 MAPPED = "mapped"
@@ -26,6 +26,11 @@ MAPPED = "mapped"
 _LASTING_REASONS = frozenset({"empty", "not_an_image", "truncated", "corrupt", "too_large"})
 # Reasons for which what the index has of a file is certainly not what the file holds now.
 _REPLACED_REASONS = _LASTING_REASONS | {"unsupported", "no_vector"}
+
+
+def without_mapped(flags: str) -> str:
+    """An item's flags, as they are once its vector is of its own file."""
+    return ",".join(flag for flag in flags.split(",") if flag != MAPPED)
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,7 @@ class FolderState:
             items.sha256[place] = digest
             if place in self.mapped:
                 items.row[place] = self.row_of_hash[digest]
-                flags = [flag for flag in items.flags[place].split(",") if flag != MAPPED]
-                items.flags[place] = ",".join(flags)
+                items.flags[place] = without_mapped(items.flags[place])
                 self.mapped.discard(place)
             self.report.unchanged += 1
             return
@@ -187,7 +191,7 @@ class FolderState:
 
     def _about(self, place: int) -> tuple[int, int, str, str]:
         items = self.draft.items
-        return items.width[place], items.height[place], items.format[place], items.flags[place]
+        return items.width[place], items.height[place], items.format[place], without_mapped(items.flags[place])
 
     def _overwrite(self, place: int, values: dict[str, Any]) -> None:
         self.about_of_hash.setdefault(self.draft.items.sha256[place], self._about(place))

@@ -62,8 +62,8 @@ def _density(snapshot: Snapshot, rows: Int[np.ndarray, " n"], progress: bool) ->
         for start in range(0, len(rows), 1024):
             part = rows[start : start + 1024]
             scores, near = snapshot.search_vectors(snapshot.vectors.gather(part), _NEIGHBOURS + 1)
-            others = np.where((near == part[:, None]) | (near < 0), 0, scores)
-            found[start : start + len(part)] = others[:, : _NEIGHBOURS + 1].sum(axis=1) / _NEIGHBOURS
+            others = np.where((near == part[:, None]) | (near < 0), -1.0, scores)  # its own, and padding, come last
+            found[start : start + len(part)] = -np.sort(-others, axis=1)[:, :_NEIGHBOURS].mean(axis=1)
             advance(len(part))
     return found
 

@@ -17,7 +17,7 @@ from mmalign.progress import progress_bar
 
 from ..draft import Draft
 from ..finishing import finish
-from ..folder_state import MAPPED
+from ..folder_state import MAPPED, without_mapped
 from ..part import Part
 from ..roots import resolve_roots, store_roots
 from ..storage import Manifest, Store, Writer
@@ -115,10 +115,10 @@ def _require_done(draft: Draft, part: UpgradePart, remaining: Bool[np.ndarray, "
 def _require_better(part: UpgradePart) -> None:
     for kind, figures in part.about["checked"].items():
         if "old" in figures and "merged" in figures and figures["merged"] < figures["old"]:
+            new, old = (f"R@1 {figures[m][0]:.3f}, R@10 {figures[m][1]:.3f}" for m in ("merged", "old"))
             raise InputError(
-                f"{kind} queries of the support set find less with the new encoder (R@1 {figures['merged'][0]:.3f}) "
-                f"than with the old one ({figures['old'][0]:.3f}); --roll-back keeps the old one, --force switches all "
-                "the same"
+                f"{kind} queries of the support set find less with the new encoder ({new}) than with the old one "
+                f"({old}); --roll-back keeps the old one, --force switches all the same"
             )
 
 
@@ -179,8 +179,8 @@ def _switch(
     items.keep(kept[np.array(items.row, np.int64)])
     number = np.cumsum(kept) - 1
     for place, row in enumerate(items.row):
-        flags = [flag for flag in items.flags[place].split(",") if flag and flag != MAPPED]
-        items.flags[place] = ",".join([*flags, MAPPED] if mapped[row] else flags)
+        flags = without_mapped(items.flags[place])
+        items.flags[place] = ",".join(filter(None, (flags, MAPPED))) if mapped[row] else flags
         items.row[place] = int(number[row])
     draft.upgrade = None
     manifest["upgrade"] = None

@@ -621,3 +621,13 @@ def test_a_colour_is_what_its_caption_says() -> None:
     for encoder, least in ((strong, 0.9), (weak, 0.5)):
         a, b, c = encoder.encode_texts(["200 40 7", "198 42 9", "10 90 160"])
         assert a @ b > least > a @ c
+
+
+def test_density_puts_the_most_isolated_first(fresh: World) -> None:
+    from mmalign.partial_backfill import local_density
+    from retrieval.upgrading.ordering import backfill_rows
+
+    index = fresh.open()
+    rows = backfill_rows(index.snapshot, "density")
+    density = local_density(index.vectors.gather(np.arange(len(index.vectors))), neighbours=10)
+    assert rows.tolist() == np.argsort(density, kind="stable").tolist()
