@@ -275,7 +275,7 @@ def bench_upgrade(arguments: argparse.Namespace) -> None:
                 with both.store.write() as writer:
                     draft = Draft(writer, both.store.read_manifest())
                     if draft.upgrade is None:
-                        draft.upgrade = UpgradePart(writer, new_entry(describe_vectors(512), "synthetic"))
+                        draft.upgrade = UpgradePart(writer, new_entry(describe_vectors(512)))
                         bridge = Bridge({"text": KindBridge("slerp", 0.5, rotation.T.copy(), None, scale, scale)}, {})
                         draft.upgrade.about |= {"stage": "running", "modes": {"text": "merged"}}
                         draft.upgrade.about["bridge"] = bridge.write(writer)

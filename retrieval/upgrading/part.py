@@ -21,7 +21,7 @@ __all__ = ["UpgradePart", "alive_places", "files_beside", "new_entry", "read_lef
 LeftOut = dict[str, Any]
 
 
-def new_entry(encoder: dict[str, Any], spec: str) -> dict[str, Any]:
+def new_entry(encoder: dict[str, Any]) -> dict[str, Any]:
     """The manifest's entry `upgrade` when it begins.
 
     Its keys `encoder`, `segments`, `rows`, `queries`, `faiss`, `calibration` and `measured` mean what the manifest's
@@ -33,7 +33,6 @@ def new_entry(encoder: dict[str, Any], spec: str) -> dict[str, Any]:
     """
     return {
         "stage": "measuring",
-        "to": spec,
         "encoder": encoder,
         "segments": [],
         "rows": 0,

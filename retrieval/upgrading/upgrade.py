@@ -400,7 +400,7 @@ class IndexUpgrade:
                     f"{new.spec!r} has no {' and no '.join(sorted(lacking))} tower, and the index answers such queries "
                     "today; choose an encoder that has, or make a second index with --out"
                 )
-            draft.upgrade = UpgradePart(writer, new_entry(describe_encoder(new), new.spec))
+            draft.upgrade = UpgradePart(writer, new_entry(describe_encoder(new)))
             draft.upgrade.changed = True
             draft.checkpoint()
         return new

@@ -583,6 +583,9 @@ def test_an_encoder_known_by_its_spec(world: World) -> None:
     IndexUpgrade(world.photos).backfill(limit=5)
     assert world.upgrade.status().moved == before + 5
     expected = results(ImageIndex.open(world.photos))
+    new = ImageIndex.open(world.photos).new_encoder
+    assert new is not None
+    assert new.fingerprint == world.strong.fingerprint
     for given in (world.weak, world.strong, "colour:weak", "colour:strong"):
         assert results(ImageIndex.open(world.photos, encoder=given)) == expected
     with pytest.raises(EncoderMismatchError):
