@@ -270,10 +270,13 @@ class IndexUpgrade:
                 "it all the same, or --roll-back to forget it"
             )
         name = order if isinstance(order, str) else getattr(order, "__name__", "callable")
+        snapshot = Snapshot(self.store)
+        rows = backfill_rows(snapshot, order, seed=seed, progress=progress)  # long, and needs no lock
         with changing(self.store, None, brief=True) as draft:
             part = self._part(draft, "measured")
-            snapshot = Snapshot(self.store)
-            rows = backfill_rows(snapshot, order, seed=seed, progress=progress)
+            if draft.manifest["generation"] != snapshot.manifest["generation"]:
+                snapshot = Snapshot(self.store)
+                rows = backfill_rows(snapshot, order, seed=seed, progress=progress)
             bridge = Bridge.read(self.folder, part.about["bridge"])
             bridge = bridge.with_levels(bridged_levels(self.store, draft.manifest, part.about, snapshot.alive))
             held = _release(draft, part, bridge)
