@@ -43,11 +43,11 @@ class Draft:
         self.folder = writer.folder
         self.manifest = manifest
         self.part = Part(writer, manifest)
-        if manifest.get("upgrade"):
+        self.upgrade: UpgradePart | None = None
+        if manifest.setdefault("upgrade", None):
             writer.require_intact(manifest, files_beside(manifest["upgrade"]))
-        self.upgrade = UpgradePart(writer, manifest["upgrade"]) if manifest.get("upgrade") else None
+            self.upgrade = UpgradePart(writer, manifest["upgrade"])
         writer.require_intact(manifest, [manifest[name] for name in ("items", "metadata", "skipped") if manifest[name]])
-        self.manifest.setdefault("upgrade", None)
         self.skipped: list[dict[str, Any]] = read_skipped(self.folder, manifest)
         self._checkpoint_seconds = checkpoint_seconds
         self._last_checkpoint = time.monotonic()

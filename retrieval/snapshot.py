@@ -65,7 +65,10 @@ class Snapshot:
         self.left_out = read_left_out(folder, upgrade["left_out"]) if upgrade else []
         self.places = read_numbers(folder, upgrade["places"]) if upgrade else None
         running = upgrade is not None and upgrade["stage"] == "running"
-        self.upgrade = LiveUpgrade(self.store, manifest, self.partition, self.alive) if running else None
+        self.upgrade: LiveUpgrade | None = None
+        if running:  # not `self.alive`, which would outlive a manifest that turns out to be superseded
+            alive = self.items.alive(len(self.vectors))
+            self.upgrade = LiveUpgrade(self.store, manifest, self.partition, alive)
 
     @property
     def dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Whether searches of a running upgrade are as good as they were before it, asked whenever it has grown."""
+"""Whether searches of a running upgrade are as good as they were before it, asked before every publication."""
 
 from __future__ import annotations
 

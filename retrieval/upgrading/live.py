@@ -1,7 +1,7 @@
 """Searches while the encoder of an index is being replaced: old and new vectors beside each other.
 
 The old partition stays whole. What a kind of query ("text", "image") does is its mode, chosen by measurement whenever
-the new partition has grown:
+the index has been written (`checking`):
 
     old       the old encoder's query on the old vectors, as if there were no upgrade
     bridged   the new encoder's query, brought to the old space, on the old vectors
@@ -27,7 +27,7 @@ from ..query_rows import Found, QueryRows
 from ..storage import Manifest, Store
 from ..vectors import ChosenRows
 from .bridge import Bridge, KindBridge
-from .part import alive_places, read_numbers
+from .part import alive_places, new_rows, read_numbers
 
 __all__ = ["MODES", "LiveUpgrade", "bridged_levels"]
 
@@ -61,9 +61,7 @@ class LiveUpgrade:
     @cached_property
     def new_row(self) -> Int[np.ndarray, " old_rows"]:
         """New row of each old row; -1 for those that have none yet."""
-        rows = np.full(len(self.own), -1, np.int64)
-        rows[self.places[self.alive]] = np.flatnonzero(self.alive)
-        return rows
+        return new_rows(self.places, len(self.own))
 
     @cached_property
     def remaining(self) -> Bool[np.ndarray, " old_rows"]:

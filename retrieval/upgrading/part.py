@@ -15,7 +15,7 @@ from mmalign.errors import IndexDamagedError
 from ..part import Part
 from ..storage import Writer
 
-__all__ = ["UpgradePart", "alive_places", "files_beside", "new_entry", "read_left_out", "read_numbers"]
+__all__ = ["UpgradePart", "alive_places", "files_beside", "new_entry", "new_rows", "read_left_out", "read_numbers"]
 
 # What a person must know of an image that keeps its old vector.
 LeftOut = dict[str, Any]
@@ -72,8 +72,7 @@ class UpgradePart(Part):
 
     def moved(self, old_rows: int) -> Bool[np.ndarray, " old_rows"]:
         """Which old rows have a new vector."""
-        mask = np.zeros(old_rows, bool)
-        mask[self.places[self.places >= 0]] = True
+        mask: np.ndarray = new_rows(self.places, old_rows) >= 0
         return mask
 
     def take(self, old_rows: Sequence[int] | Int[np.ndarray, " n"], vectors: Float[np.ndarray, "n dim"]) -> None:
@@ -151,6 +150,13 @@ class UpgradePart(Part):
         self.changed = True
         for name in names:
             self._written[name] = False
+
+
+def new_rows(places: Int[np.ndarray, " rows"], old_rows: int) -> Int[np.ndarray, " old_rows"]:
+    """New row of each of so many old ones; -1 for those that have none."""
+    rows = np.full(old_rows, -1, np.int64)
+    rows[places[places >= 0]] = np.flatnonzero(places >= 0)
+    return rows
 
 
 def alive_places(

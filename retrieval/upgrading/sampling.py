@@ -19,7 +19,7 @@ from .bridge import Bridge, SupportQueries
 from .embedding import RowOfItem, embed_rows, original_of
 from .measuring import Gallery, Pairs, Task, advise, measure_kinds
 from .ordering import Order, backfill_rows
-from .part import read_numbers
+from .part import new_rows
 from .report import UpgradeReport
 from .support import Support, altered_copies, text_pairs
 
@@ -121,9 +121,8 @@ def measure_sample(
 
 
 def _moved(snapshot: Snapshot) -> np.ndarray:
-    mask = np.zeros(len(snapshot.vectors), bool)
-    places = read_numbers(snapshot.store.folder, snapshot.manifest["upgrade"]["places"])
-    mask[places[places >= 0]] = True
+    assert snapshot.places is not None
+    mask: np.ndarray = new_rows(snapshot.places, len(snapshot.vectors)) >= 0
     return mask
 
 
@@ -142,14 +141,13 @@ def _gallery(
     from ..partition import Partition
 
     partition = Partition(snapshot.store, snapshot.manifest, about)
-    places = read_numbers(snapshot.store.folder, about["places"])
-    new_row = np.full(len(snapshot.vectors), -1, np.int64)
-    new_row[places[places >= 0]] = np.flatnonzero(places >= 0)
+    assert snapshot.places is not None
+    new_row = new_rows(snapshot.places, len(snapshot.vectors))
     place = np.full(len(snapshot.vectors), -1, np.int64)
     place[rows] = np.arange(len(rows))
     ordered = place[backfill_rows(snapshot, order, seed=seed)]
-    new_rows = partition.vectors.gather(new_row[rows]) if len(rows) else np.zeros((0, new.dim), np.float32)
-    return Gallery(snapshot.vectors.gather(rows), new_rows, ordered[ordered >= 0])
+    renewed = partition.vectors.gather(new_row[rows]) if len(rows) else np.zeros((0, new.dim), np.float32)
+    return Gallery(snapshot.vectors.gather(rows), renewed, ordered[ordered >= 0])
 
 
 def _targets(rows: Int[np.ndarray, " n"], captions: Mapping[int, list[str]], seed: int) -> Int[np.ndarray, " n"]:

@@ -21,11 +21,10 @@ from ..folder_state import MAPPED, without_mapped
 from ..part import Part
 from ..roots import resolve_roots, store_roots
 from ..storage import Manifest, Store, Writer
-from ..vectors import Vectors
 from .checking import prepare
 from .embedding import RowOfItem, changing
 from .measuring import forward_map, least_pairs
-from .part import UpgradePart
+from .part import UpgradePart, new_rows
 
 __all__ = ["GONE", "archives_of", "finish_upgrade", "roll_back"]
 
@@ -55,14 +54,14 @@ def finish_upgrade(store: Store, *, gone: str, keep_old: bool, force: bool, prog
             _require_pairs(draft, part, int((alive & moved).sum()))
         _clear_archives(store, draft.manifest)
         archive = _archive(store, draft.manifest) if keep_old else None
-        _switch(draft, part, alive, moved, progress)
         before = draft.manifest.get("upgraded")
         draft.manifest["upgraded"] = {
-            "from": part.about["from"],
+            "from": draft.manifest["encoder"]["spec"],
             "archive": archive.name if archive else None,
             "generation": draft.writer.generation,
             "earlier": archives_of(before),
         }
+        _switch(draft, part, alive, moved, progress)
         finish(draft, None, progress=progress)
     return archive
 
@@ -151,14 +150,12 @@ def _switch(
     """Make the draft one of the new encoder: one row for each old row that is kept, in their order."""
     old, new = draft.vectors(), part.vectors()
     draft.writer.require_intact(draft.manifest, [segment["file"] for segment in part.segments])
-    new_row = np.full(len(old), -1, np.int64)
-    new_row[part.places[part.places >= 0]] = np.flatnonzero(part.places >= 0)
+    new_row = new_rows(part.places, len(old))
     rows = np.flatnonzero(kept)
     mapped = kept & ~moved
     if mapped.any():
         draft.writer.require_intact(draft.manifest, [segment["file"] for segment in draft.part.segments])
     manifest = draft.manifest
-    part.about["from"] = manifest["encoder"]["spec"]
     fresh = {name: part.about[name] for name in ("encoder", "queries")}
     fresh |= {"segments": [], "rows": 0, "faiss": None, "calibration": None, "measured": {}}
     manifest.update(fresh)
@@ -166,13 +163,17 @@ def _switch(
     with progress_bar("switching", len(rows), unit="vectors", enabled=progress) as advance:
 
         def pieces() -> Iterator[np.ndarray]:
-            apply = None
-            if mapped.any():
-                fit = _pairs(rows[moved[rows]])
-                apply = forward_map(old.gather(fit), new.gather(new_row[fit]))
+            fit = _pairs(rows[moved[rows]])
+            apply = forward_map(old.gather(fit), new.gather(new_row[fit])) if mapped.any() else None
             for start in range(0, len(rows), _PIECE):
-                yield _piece(rows[start : start + _PIECE], old, new, new_row, apply)
-                advance(min(_PIECE, len(rows) - start))
+                some = rows[start : start + _PIECE]
+                renewed = new_row[some] >= 0
+                out = np.empty((len(some), new.dim), np.float32)
+                out[renewed] = new.gather(new_row[some[renewed]])
+                if apply is not None:
+                    out[~renewed] = apply(old.gather(some[~renewed]))
+                yield out
+                advance(len(some))
 
         draft.part.stream_rows(pieces(), len(rows))
     items = draft.items
@@ -190,15 +191,6 @@ def _switch(
 def _pairs(rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " pairs"]:
     """At most so many, evenly spread."""
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_PAIRS)).astype(np.int64)]
-
-
-def _piece(rows: np.ndarray, old: Vectors, new: Vectors, new_row: np.ndarray, apply: object) -> np.ndarray:
-    where = new_row[rows]
-    out = np.empty((len(rows), new.dim), np.float32)
-    out[where >= 0] = new.gather(where[where >= 0])
-    if callable(apply):
-        out[where < 0] = apply(old.gather(rows[where < 0]))
-    return out
 
 
 def _archive(store: Store, manifest: Manifest) -> Path:

@@ -12,7 +12,7 @@ from colour_encoder import ColourEncoder, paint, paint_folder
 from drawing import names, same_content
 from upgrade_world import IMAGES, SAMPLE, World, results
 
-from mmalign.errors import EncoderMismatchError, IndexLockedError, InputError
+from mmalign.errors import EncoderMismatchError, IndexDamagedError, IndexLockedError, InputError
 from retrieval import ImageIndex, IndexUpgrade
 from retrieval.storage import Store
 from retrieval.upgrading.bridge import Bridge
@@ -76,6 +76,27 @@ def test_an_old_snapshot_tells_what_it_was(world: World) -> None:
     upgrade.backfill(batch_size=4, checkpoint_seconds=0)
     upgrade.finish()
     assert reader.info()["upgrade"] == told
+
+
+def test_opening_while_files_are_cleared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first manifest is superseded in the middle of opening, by one with more rows."""
+    world.upgrade.start()
+    writer = world.open()
+    paint(world.photos / "late.png", 600)
+    real = Bridge.read
+    done: list[bool] = []
+
+    def read(folder: Path, about: dict[str, object]) -> Bridge:
+        if not done:
+            done.append(True)
+            writer.update()
+            raise IndexDamagedError("gone")
+        return real(folder, about)
+
+    monkeypatch.setattr(Bridge, "read", staticmethod(read))
+    index = world.open()
+    assert index.snapshot.alive.sum() == len(index) == IMAGES + 1
+    assert len(index.search("200 40 7", k=200)) == IMAGES + 1
 
 
 def test_another_index_in_its_place_is_refused(world: World, tmp_path: Path) -> None:
