@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,12 +25,16 @@ class Reward(ABC):
     """Scores images, each with its prompt; a larger number is a better image.
 
     Attributes:
+        name: a short one, for columns and logs.
         differentiable: whether gradients of `score` reach the pixels.
+        range: lowest and highest value that it can give, `None` for an open end.
         fingerprint: says which reward this is, weights included, so that scores can be kept between runs; `None` where
             nothing says it.
     """
 
-    differentiable: ClassVar[bool] = False
+    name: str = "reward"
+    differentiable: bool = False
+    range: tuple[float | None, float | None] = (None, None)
     fingerprint: str | None = None
 
     @abstractmethod
@@ -38,6 +42,12 @@ class Reward(ABC):
         self, images: Sequence[Float[Tensor, "3 height width"]], prompts: Sequence[str]
     ) -> Float[Tensor, " n"] | Sequence[float]:
         """A number for each image; images in [0, 1], each of its own size, one prompt each."""
+
+    def score_terms(
+        self, images: Sequence[Float[Tensor, "3 height width"]], prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, " n"] | Sequence[float], dict[str, Float[Tensor, " n"] | Sequence[float]]]:
+        """`score`, and by name the terms that it is made of, where it is made of several."""
+        return self.score(images, prompts), {}
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Any], prompts: str | Sequence[str]) -> Float[np.ndarray, " n"]:
@@ -75,7 +85,7 @@ AnyReward: TypeAlias = "Reward | Callable[[Sequence[Tensor], Sequence[str]], Any
 def as_reward(reward: AnyReward) -> Reward:
     """A reward, or a callable with the arguments of `Reward.score`, as a reward.
 
-    An attribute `fingerprint` of the callable is kept.
+    Attributes `name`, `differentiable` and `fingerprint` of the callable are kept.
 
     Raises:
         InputError: it is neither.
@@ -90,6 +100,8 @@ def as_reward(reward: AnyReward) -> Reward:
 class _CallableReward(Reward):
     def __init__(self, function: Callable[[Sequence[Tensor], Sequence[str]], Any]) -> None:
         self._function = function
+        self.name = str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
+        self.differentiable = bool(getattr(function, "differentiable", False))
         self.fingerprint = getattr(function, "fingerprint", None)
 
     def score(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
