@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ class ImagePreprocessing:
     sizes and crop offsets included; a Pillow that resizes columns before rows, as recent ones do where it is
     cheaper, differs by more in about one pixel of ten thousand. Float pixels in [0, 1] take the same steps
     differentiably: what the bicubic kernel overshoots is clipped to [0, 1], as Pillow does, while its
-    gradient passes unchanged.
+    gradient passes unchanged. Half-precision pixels are resized in float32.
 
     Attributes:
         size: (height, width) of the encoder's input.
@@ -34,10 +35,13 @@ class ImagePreprocessing:
             pads with `fill`, "squash" ignores the aspect ratio.
         resize_to: side before the crop, where it is not `size`: the shorter side in pixels, or the (height,
             width) that "shortest" covers, "longest" fits into and "squash" becomes. None is `size`.
-        interpolation: kernel, antialiased except for "nearest".
+        interpolation: kernel.
         mean: per channel, in [0, 1] units.
         std: per channel, in [0, 1] units.
         fill: what "longest" pads with, in [0, 255] units, one value or one per channel.
+        antialias: widen the kernel where an image is made smaller, as Pillow does ("nearest" never is widened).
+            Without, pixels are what torch's tensor resize gave: for scores that were published so.
+        clip: clip the overshoot of float pixels. Pipelines that resize float tensors do not.
 
     Raises:
         InputError: a setting is out of range, or the pixels are not "*batch 3 h w" of uint8 or float.
@@ -50,6 +54,8 @@ class ImagePreprocessing:
     mean: tuple[float, float, float] = field(kw_only=True)
     std: tuple[float, float, float] = field(kw_only=True)
     fill: float | tuple[float, float, float] = 0
+    antialias: bool = field(default=True, kw_only=True)
+    clip: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # JSON has no tuples
@@ -75,16 +81,21 @@ class ImagePreprocessing:
         if pixels.ndim < 3 or pixels.shape[-3] != 3 or 0 in pixels.shape or not typed:
             found = f"{tuple(pixels.shape)} of {pixels.dtype}"
             raise InputError(f"pixels must be (*batch, 3, height, width) of uint8 or float, not {found}")
-        resized = self._resized(pixels)
+        dtype = torch.float32 if is_uint8 else pixels.dtype
+        resized = self._resized(pixels.float() if dtype in (torch.float16, torch.bfloat16) else pixels)
         fill = torch.as_tensor(self.fill if self.resize == "longest" else 0, device=pixels.device).expand(3)
         cropped = _center_crop_or_pad(resized, self.size, fill if is_uint8 else fill / 255)
         unit = cropped.to(torch.float32) / 255 if is_uint8 else cropped
         mean, std = (unit.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return ((unit - mean) / std).contiguous()
+        return ((unit - mean) / std).to(dtype).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types; `from_dict` takes them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The settings as JSON types; `from_dict` takes them back.
+
+        `antialias` and `clip` are named where they are off: fingerprints from before there were any stay what they are.
+        """
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in settings.items() if k not in ("antialias", "clip") or not v}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> ImagePreprocessing:
@@ -122,12 +133,12 @@ class ImagePreprocessing:
         mode = InterpolationMode("nearest-exact" if self.interpolation == "nearest" else self.interpolation)
         windows = [want > _WINDOW_FACTOR * kept for want, kept in zip(size, self.size, strict=True)]
         if pixels.dtype == torch.uint8 and not any(windows):
-            return resize(pixels, list(size), interpolation=mode, antialias=True)
+            return resize(pixels, list(size), interpolation=mode, antialias=self.antialias)
         centre: dict[int, Tensor] = {}
         for axis in (-1, -2):
             if windows[axis]:
                 low, high, weights = _centre_weights(
-                    pixels.shape[axis], size[axis], self.size[axis], self.interpolation
+                    pixels.shape[axis], size[axis], self.size[axis], self.interpolation, self.antialias
                 )
                 pixels, centre[axis] = pixels.narrow(axis, low, high - low), weights
         for axis in (-1, -2):  # along rows first, and clipped after each, as uint8 is
@@ -136,8 +147,8 @@ class ImagePreprocessing:
             else:
                 one_way = [*pixels.shape[-2:]]
                 one_way[axis] = size[axis]
-                pixels = resize(pixels, one_way, interpolation=mode, antialias=True)
-            if pixels.dtype != torch.uint8 and self.interpolation == "bicubic":
+                pixels = resize(pixels, one_way, interpolation=mode, antialias=self.antialias)
+            if pixels.dtype != torch.uint8 and self.interpolation == "bicubic" and self.clip:
                 pixels = pixels + (pixels.clamp(0, 1) - pixels).detach()
         return pixels
 
@@ -157,10 +168,10 @@ def _center_crop_or_pad(pixels: Tensor, size: tuple[int, int], fill: Tensor) -> 
     return canvas
 
 
-def _cubic(x: Tensor) -> Tensor:
+def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
     x = x.abs()
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
@@ -172,11 +183,15 @@ _KERNELS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def _centre_weights(length: int, resized: int, kept: int, interpolation: str) -> tuple[int, int, Tensor]:
+def _centre_weights(
+    length: int, resized: int, kept: int, interpolation: str, antialias: bool
+) -> tuple[int, int, Tensor]:
     """For the `kept` central positions of an axis resized to `resized`: source window and its weights."""
     reach, kernel = _KERNELS[interpolation]
+    if interpolation == "bicubic" and not antialias:
+        kernel = partial(_cubic, a=-0.75)  # torch's; its antialiased kernel is Pillow's
     scale = length / resized
-    stretch = max(scale, 1.0) if interpolation != "nearest" else 1.0
+    stretch = max(scale, 1.0) if interpolation != "nearest" and antialias else 1.0
     first = round((resized - kept) / 2)
     centres = (torch.arange(first, first + kept, dtype=torch.float64) + 0.5) * scale
     low = max(int(centres[0] - reach * stretch) - 1, 0)

@@ -419,6 +419,50 @@ def test_batches_equal_single_images(dtype: torch.dtype) -> None:
         assert torch.allclose(batch, single, atol=1e-5 if dtype != torch.bfloat16 else 0.05)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((40, 60), torch.uint8), ((40, 60), torch.float64), ((10, 2000), torch.float64)],  # a strip: only its centre
+)
+def test_without_antialias_and_clip_it_is_torchs_own_resize(
+    shape: tuple[int, int], dtype: torch.dtype, interpolation: str
+) -> None:
+    pixels = as_tensor(noise(*shape))
+    size = tuple(round(8 * side / min(shape)) for side in shape)
+    whole = torch.nn.functional.interpolate(pixels[None].double() / 255, size, mode=interpolation)[0]
+    left = round((size[1] - 8) / 2)
+    reference = whole[:, :, left : left + 8]
+    if dtype == torch.uint8:
+        reference = reference.clamp(0, 1)
+    else:
+        pixels = pixels.to(dtype) / 255
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "clip": False, "interpolation": interpolation}
+    found = ImagePreprocessing((8, 8), "shortest", antialias=False, **plain)(pixels)
+    assert (found - reference).abs().max() <= (1.01 / 255 if dtype == torch.uint8 else 1e-9)
+    assert (found - ImagePreprocessing((8, 8), "shortest", **plain)(pixels)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_resized_in_float32(dtype: torch.dtype) -> None:
+    pixels = (as_tensor(noise(50, 70)) / 255).to(dtype).requires_grad_()
+    preprocess = ImagePreprocessing((16, 16), "longest", **NORMALISE)
+    output = preprocess(pixels)
+    assert output.dtype == dtype
+    assert torch.equal(output, preprocess(pixels.detach().float()).to(dtype))  # rounded once, at the end
+    output.float().sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.dtype == dtype
+    assert (pixels.grad > 0).float().mean() > 0.5
+
+
+def test_settings_that_came_later_leave_older_descriptions_as_they_are() -> None:
+    preprocess = ImagePreprocessing((8, 8), "squash", **NORMALISE)
+    assert sorted(preprocess.to_dict()) == ["fill", "interpolation", "mean", "resize", "resize_to", "size", "std"]
+    other = ImagePreprocessing((8, 8), "squash", antialias=False, clip=False, **NORMALISE)
+    assert preprocess.to_dict() | {"antialias": False, "clip": False} == other.to_dict()
+    assert ImagePreprocessing.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+
+
 @pytest.mark.parametrize(
     "pixels",
     [torch.zeros(4, 4), torch.zeros(4, 8, 8), torch.zeros(3, 8, 8, dtype=torch.int32), torch.zeros(3, 0, 8)],
