@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmalign.fingerprint import token_probe, weights_digest
 
+from ..latents import latent_scaling
 from ..pipelines import quiet_diffusers
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class LatentEncoder:
 
     def __init__(self, vae: Any, device: torch.device) -> None:
         self._vae, self._device = vae, device
-        self.fingerprint = _digest(weights_digest(vae), [values.tolist() for values in self._scaling()], _settings(vae))
+        self.fingerprint = _digest(
+            weights_digest(vae), [values.tolist() for values in latent_scaling(vae)], _settings(vae)
+        )
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "3 height width"], key: str) -> Float[Tensor, "channels h w"]:
@@ -39,14 +42,14 @@ class LatentEncoder:
         # Drawn on the CPU, so that the same image has the same latent on every device.
         generator = torch.Generator().manual_seed(int(key[:15], 16))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-        factor, mean, std = self._scaling()
+        factor, mean, std = latent_scaling(vae)
         return (((posterior.mean + posterior.std * noise).float().cpu() - mean) / std * factor)[0]
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "channels h w"]) -> Float[Tensor, "3 height width"]:
         """Pixels, about [-1, 1], on the CPU. In tiles of 512 px: a whole 1024 px image takes several GB."""
         vae = self._vae.to(self._device)
-        factor, mean, std = self._scaling()
+        factor, mean, std = latent_scaling(vae)
         latent = latent.float().cpu()[None] / factor * std + mean
         sizes = vae.tile_sample_min_size, vae.tile_latent_min_size
         vae.enable_tiling()
@@ -61,14 +64,6 @@ class LatentEncoder:
         """Leave the accelerator."""
         self._vae.to("cpu")
         _empty_cache()
-
-    def _scaling(self) -> tuple[Float[Tensor, ""], Float[Tensor, "1 channels 1 1"], Float[Tensor, "1 channels 1 1"]]:
-        """Latents are (z - mean) / std * factor; SD3 and FLUX have one mean for all channels, their shift."""
-        config = self._vae.config
-        mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
-        std = config.get("latents_std") or [1.0]
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        return torch.tensor(config.scaling_factor), mean, std
 
 
 class PromptEncoder:

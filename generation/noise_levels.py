@@ -1,0 +1,125 @@
+"""The noise levels that a scheduler samples at, in one form for all of them: x = scale * x_0 + noise * eps.
+
+DDIM and its like keep scale^2 + noise^2 = 1, Euler's keep scale = 1, and rectified flow keeps scale + noise = 1. What
+the network predicts (noise, velocity, flow, the image itself) is turned into an estimate of x_0 and of eps here, so
+that one-step estimates, re-noising and Direct-Align are the same few lines for every pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.errors import InputError
+
+__all__ = ["Level", "NoiseLevels", "ddim_like"]
+
+
+class Level(NamedTuple):
+    """One noise level: x = scale * x_0 + noise * eps, at `time` in the units of the scheduler's timesteps."""
+
+    scale: float
+    noise: float
+    time: float
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Levels of a sampling run, from noise to image.
+
+    Attributes:
+        levels: that of the start, and that after each step; one more than there are steps.
+        prediction: what the network says: "epsilon", "v_prediction", "sample", or "flow" (eps - x_0).
+    """
+
+    levels: Sequence[Level]
+    prediction: str
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseLevels:
+        """The levels of a diffusers scheduler after its `set_timesteps`.
+
+        Raises:
+            InputError: a scheduler whose levels are not known here.
+        """
+        config = scheduler.config
+        times = [float(time) for time in scheduler.timesteps]
+        prediction = config.get("prediction_type") or "epsilon"
+        if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            sigmas = [float(sigma) for sigma in scheduler.sigmas]
+            return cls([Level(1 - s, s, t) for s, t in zip(sigmas, [*times, 0.0], strict=True)], "flow")
+        if len(set(times)) != len(times):
+            raise InputError(
+                f"{type(scheduler).__name__} goes to some timesteps twice, so its steps cannot be told apart; give the "
+                "pipeline generation.noise_levels.ddim_like(pipeline.scheduler)"
+            )
+        if float(torch.as_tensor(scheduler.init_noise_sigma)) != 1.0:
+            sigmas = [float(sigma) for sigma in scheduler.sigmas]
+            return cls([Level(1.0, s, t) for s, t in zip(sigmas, [*times, 0.0], strict=True)], prediction)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise InputError(
+                f"the noise levels of {type(scheduler).__name__} are not known; give the pipeline "
+                "generation.noise_levels.ddim_like(pipeline.scheduler)"
+            )
+        kept = [float(scheduler.alphas_cumprod[round(time)]) for time in times]
+        kept.append(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+        return cls([Level(a**0.5, (1 - a) ** 0.5, t) for a, t in zip(kept, [*times, 0.0], strict=True)], prediction)
+
+    def split(
+        self, sample: Float[Tensor, "n ..."], prediction: Float[Tensor, "n ..."], level: Level
+    ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n ..."]]:
+        """The one-step estimates of x_0 and of eps from what the (guided) network says at a level."""
+        scale, noise, _ = level
+        if self.prediction == "flow":
+            return sample - noise * prediction, sample + scale * prediction
+        if self.prediction == "epsilon":
+            return (sample - noise * prediction) / scale, prediction
+        if self.prediction == "v_prediction":  # of the sample brought to unit variance
+            total = scale**2 + noise**2
+            clean = (scale * sample - noise * total**0.5 * prediction) / total
+        else:
+            clean = prediction
+        return clean, (sample - scale * clean) / noise
+
+    @staticmethod
+    def renoise(clean: Float[Tensor, "n ..."], eps: Float[Tensor, "n ..."], level: Level) -> Tensor:
+        """x = scale * x_0 + noise * eps."""
+        return level.scale * clean + level.noise * eps
+
+    def direct_align(
+        self,
+        sample: Float[Tensor, "n ..."],
+        prediction: Float[Tensor, "n ..."],
+        eps: Float[Tensor, "n ..."],
+        here: Level,
+        there: Level,
+    ) -> Float[Tensor, "n ..."]:
+        """The image that Direct-Align scores (arXiv 2509.06942; arXiv 2512.24146, algorithm 1).
+
+        One ODE step from level `here` to `there`, then the noise that is known to be in `sample` is taken out:
+        (x_there - noise_there * eps) / scale_there. The error of the network is thus scaled by the length of the step.
+
+        Args:
+            sample: x_0 re-noised to `here` with `eps`.
+            prediction: of the network, at `here`; the gradient goes through it alone.
+            eps: the noise in `sample`.
+            here: where the network was asked.
+            there: less noise (the denoising branch) or more (the inversion branch), but not noise alone.
+        """
+        clean, noise = self.split(sample, prediction, here)
+        return (there.scale * clean + there.noise * noise - there.noise * eps) / there.scale
+
+
+def ddim_like(scheduler: Any, **settings: Any) -> Any:
+    """A `DDIMScheduler` of the same noise schedule; latents of trained autoencoders are never clipped to [-1, 1].
+
+    Only what a configuration states is taken over, and DDIM's own default clips.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, **settings)

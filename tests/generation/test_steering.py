@@ -1,0 +1,120 @@
+"""A pipeline steered step by step draws what it draws by itself, and is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from generation import tiny_pipeline
+from generation.drawing import borrowed
+from generation.noise_levels import NoiseLevels, ddim_like
+from generation.pipelines import denoiser_of
+from generation.steering import DenoiserStep, run_steered, scheduler_memory
+
+FAMILIES = ("sdxl", "sd15", "sd3", "flux")
+
+
+def call(steps: int = 5, count: int = 2) -> dict[str, Any]:
+    return {
+        "prompt": ["a fox", "two red boats"][:count],
+        "num_inference_steps": steps,
+        "guidance_scale": 4.0,
+        "generator": [torch.Generator().manual_seed(seed) for seed in range(count)],
+    }
+
+
+def plain(pipeline: Any, **options: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(**call(**options), output_type="latent").images
+
+
+@pytest.fixture(params=[*FAMILIES, "dpm"])
+def pipeline(request: pytest.FixtureRequest) -> Any:
+    made = tiny_pipeline("sdxl" if request.param == "dpm" else request.param)
+    if request.param == "dpm":  # remembers earlier predictions
+        made.scheduler = DPMSolverMultistepScheduler.from_config(made.scheduler.config)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@torch.no_grad()
+def test_whole_runs_and_runs_in_two_parts_are_those_of_the_pipeline(pipeline: Any) -> None:
+    wanted = plain(pipeline)
+    network, scheduler = denoiser_of(pipeline)[1], pipeline.scheduler
+    with borrowed(pipeline):
+        assert torch.equal(run_steered(pipeline, call()), wanted)
+        half = run_steered(pipeline, call(), end=3)
+        memory = scheduler_memory(pipeline.scheduler)
+        assert not torch.equal(half, wanted)
+        asked: list[int] = []
+
+        def denoise(number: int, forward: Any, args: Any, kwargs: Any) -> Any:
+            asked.append(number)
+            return forward(*args, **kwargs)
+
+        rest = run_steered(pipeline, call(), first=3, latents=half, scheduler_state=memory, denoise=denoise)
+        assert torch.equal(rest, wanted)
+        assert asked == list(range(3, len(pipeline.scheduler.timesteps)))
+    assert "forward" not in vars(network)
+    assert "step" not in vars(scheduler)
+    assert pipeline.scheduler is scheduler
+    assert torch.equal(plain(pipeline), wanted)
+
+
+@torch.no_grad()
+def test_one_of_the_batch_goes_on_with_its_part_of_the_memory() -> None:
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    wanted = plain(pipeline)
+    half = run_steered(pipeline, call(), end=3)
+    rows = torch.tensor([1])
+    memory = scheduler_memory(pipeline.scheduler, rows)
+    one = {name: value[1:] if isinstance(value, list) else value for name, value in call().items()}
+    rest = run_steered(pipeline, one, first=3, latents=half[rows], scheduler_state=memory)
+    torch.testing.assert_close(rest, wanted[1:], atol=2e-4, rtol=1e-4)  # another batch size rounds otherwise
+    forgotten = run_steered(pipeline, one, first=3, latents=half[rows])
+    assert (forgotten - wanted[1:]).abs().max() > 1e-2
+
+
+def test_what_was_replaced_comes_back_after_a_failure() -> None:
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        run_steered(pipeline, call(), denoise=fail)
+    assert "forward" not in vars(pipeline.unet)
+    assert "step" not in vars(pipeline.scheduler)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_one_step_estimates_agree_with_the_scheduler(family: str) -> None:
+    """Stepping from x_i with the estimates of x_0 and eps gives x_(i+1), for Euler, DDIM and rectified flow."""
+    made = tiny_pipeline(family)
+    made.set_progress_bar_config(disable=True)
+    schedulers = [made.scheduler]
+    if family == "sdxl":
+        schedulers += [
+            ddim_like(made.scheduler),
+            ddim_like(made.scheduler, prediction_type="v_prediction"),
+            type(made.scheduler).from_config(made.scheduler.config, prediction_type="v_prediction"),
+        ]
+    for scheduler in schedulers:
+        made.scheduler = scheduler
+        seen: list[DenoiserStep] = []
+        end = run_steered(made, call(), seen=seen.append)
+        levels = NoiseLevels.of(scheduler)
+        assert len(levels.levels) == len(seen) + 1 == 6
+        samples = [*(step.sample for step in seen), end]
+        for step, following in zip(seen, samples[1:], strict=True):
+            here, there = levels.levels[step.number : step.number + 2]
+            clean, noise = levels.split(step.sample, step.prediction, here)
+            torch.testing.assert_close(levels.renoise(clean, noise, here), step.sample, atol=1e-3, rtol=1e-4)
+            stepped = levels.renoise(clean, noise, there)
+            torch.testing.assert_close(stepped, following.to(stepped), atol=2e-3, rtol=1e-3)
