@@ -296,7 +296,8 @@ def fit_reward_direction(
         "seed": seed,
     }
     _check(image_embeds, text_embeds, omega, settings)
-    images, texts = image_embeds.detach(), text_embeds.detach().to(image_embeds)
+    # Copies, as what was encoded in inference mode takes part in no gradient.
+    images, texts = image_embeds.detach().clone(), text_embeds.detach().to(image_embeds).clone()
     how: dict[str, Any] = {"omega": omega, "normalize_text": normalize_text, "renormalize": renormalize}
     fit = DirectionFit(
         images[0], lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_norm=max_norm, **how
@@ -434,6 +435,7 @@ class DirectionFit:
         self._max_grad_norm, self._max_norm = max_grad_norm, max_norm
         self._optimizer = torch.optim.AdamW([self.b], lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
 
+    @torch.enable_grad()
     def step(
         self, image_embeds: Float[Tensor, "batch dim"], text_embeds: Float[Tensor, "batch dim"]
     ) -> tuple[float, float]:

@@ -154,6 +154,10 @@ def test_the_seed_alone_decides() -> None:
     images, texts = two_cones(40)
     before = torch.get_rng_state()
     found = [fit_reward_direction(images, texts, steps=20, batch_size=8, seed=seed).b for seed in (0, 0, 1)]
+    with torch.inference_mode():
+        encoded = images * 1, texts * 1
+    with torch.no_grad():
+        found[1] = fit_reward_direction(*encoded, steps=20, batch_size=8).b
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert torch.equal(before, torch.get_rng_state())
