@@ -27,7 +27,7 @@ class CosineReward(EmbeddingReward):
 
     def __init__(self, encoder: Encoder, *, preprocessing: ImagePreprocessing | None = None) -> None:
         super().__init__(encoder, preprocessing=preprocessing)
-        self.fingerprint = f"cosine of encoder {encoder.fingerprint}"
+        self.fingerprint = f"cosine of {self.view}"
 
     def score_embeds(
         self, image_embeds: Float[Tensor, "n dim"], text_embeds: Float[Tensor, "n dim"] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,12 +31,10 @@ class EmbeddingReward(Reward):
 
     Attributes:
         encoder: of images, and of texts where `uses_text`.
-        uses_text: whether the prompt counts.
         preprocessing: what an image goes through before the image tower.
     """
 
     differentiable = True
-    uses_text: bool = True
 
     def __init__(self, encoder: Encoder, *, preprocessing: ImagePreprocessing | None = None) -> None:
         """Take an encoder; `preprocessing` replaces its own.
@@ -51,6 +50,15 @@ class EmbeddingReward(Reward):
         self._texts: dict[str, Tensor] = {}
         _ = encoder.fingerprint  # of the weights as they are
         encoder.model.requires_grad_(False)
+
+    @property
+    def view(self) -> str:
+        """Says which encoder looks, and through what where that is not its own preprocessing: part of fingerprints."""
+        assert self.preprocessing is not None
+        if self.preprocessing == self.encoder.preprocessing:
+            return f"encoder {self.encoder.fingerprint}"
+        settings = json.dumps(self.preprocessing.to_dict(), sort_keys=True)
+        return f"encoder {self.encoder.fingerprint} through {settings}"
 
     @abstractmethod
     def score_embeds(

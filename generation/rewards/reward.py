@@ -27,6 +27,7 @@ class Reward(ABC):
     Attributes:
         name: a short one, for columns and logs.
         differentiable: whether gradients of `score` reach the pixels.
+        uses_text: whether the prompt counts.
         range: lowest and highest value that it can give, `None` for an open end.
         fingerprint: says which reward this is, weights included, so that scores can be kept between runs; `None` where
             nothing says it.
@@ -34,6 +35,7 @@ class Reward(ABC):
 
     name: str = "reward"
     differentiable: bool = False
+    uses_text: bool = True
     range: tuple[float | None, float | None] = (None, None)
     fingerprint: str | None = None
 
@@ -85,7 +87,7 @@ AnyReward: TypeAlias = "Reward | Callable[[Sequence[Tensor], Sequence[str]], Any
 def as_reward(reward: AnyReward) -> Reward:
     """A reward, or a callable with the arguments of `Reward.score`, as a reward.
 
-    Attributes `name`, `differentiable` and `fingerprint` of the callable are kept.
+    Attributes `name`, `differentiable`, `uses_text` and `fingerprint` of the callable are kept.
 
     Raises:
         InputError: it is neither.
@@ -102,6 +104,7 @@ class _CallableReward(Reward):
         self._function = function
         self.name = str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
         self.differentiable = bool(getattr(function, "differentiable", False))
+        self.uses_text = bool(getattr(function, "uses_text", True))
         self.fingerprint = getattr(function, "fingerprint", None)
 
     def score(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:

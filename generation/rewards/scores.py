@@ -22,6 +22,7 @@ __all__ = [
     "Convention",
     "Layers",
     "clip_score",
+    "clip_score_of_cosine",
     "cosine_score",
     "fold_linear_stack",
     "hps_score",
@@ -61,7 +62,11 @@ def clip_score(
         convention: "hessel", 2.5 max(cos, 0) in [0, 2.5], has no gradient below a cosine of 0. "percent", 100 cos in
             [-100, 100], is what torchmetrics gives for a pair and what text-to-image papers mean, not clamped.
     """
-    cosine = cosine_score(image_embeds, text_embeds)
+    return clip_score_of_cosine(cosine_score(image_embeds, text_embeds), convention)
+
+
+def clip_score_of_cosine(cosine: Float[Tensor, "*n"], convention: Convention = "hessel") -> Float[Tensor, "*n"]:
+    """As `clip_score`, where the cosine is there already."""
     return 2.5 * cosine.clamp(min=0) if convention == "hessel" else 100 * cosine
 
 

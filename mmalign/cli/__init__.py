@@ -23,6 +23,7 @@ from .generating import generate
 from .indexing import index_app
 from .inspecting import encoders, eval_app, info, verify
 from .options import INTERRUPTED, NO_RESULT, PARTIAL, say
+from .scoring import score
 from .searching import duplicates, search, similar
 from .training import MethodCommand, train_app
 from .upgrading import upgrade
@@ -46,7 +47,7 @@ app = typer.Typer(
 app.add_typer(
     index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
 )
-for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate):
+for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate, score):
     app.command()(_command)
 train_app.command("oca", cls=MethodCommand)(train_oca)
 app.add_typer(train_app, name="train")
