@@ -58,25 +58,33 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, the best first.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Only list the rewards that there are.")] = False,
     device: Device = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of image towers: bfloat16, float16, auto (the fastest here), or float32 (alike everywhere)."
+        ),
+    ] = "float32",
     quiet: Quiet = False,
 ) -> None:
     """Score images, each with its prompt; the best come first.
 
+    Images that `mmalign generate` drew carry their prompts:
+
         mmalign score generated/ --reward hps-v2.1 --reward clipscore
 
-    scores what `mmalign generate` drew by the prompts that it wrote into the
-    images. Others need words:
+    Others need words:
 
         mmalign score a.png b.png --prompt "a red bicycle in snow"
         mmalign score --prompts captions.jsonl --grid best.png --top 12
 
-    `--reward cosine:bundled` works without a network, and so does a function
-    of yours that takes images and prompts and gives numbers:
+    A function of yours that takes images and prompts and gives numbers is a
+    reward, too:
 
         mmalign score generated/ --reward my_module:my_function
 
-    Rewards have units of their own; a higher number is better. Report one
-    that was not trained on beside one that was.
+    `--reward cosine:bundled` works without a network. Rewards have units of
+    their own; a higher number is better. To judge a model that was trained
+    on one reward, look at another.
 
     Exit code 4: some images could not be read, or have no prompt.
     """
@@ -104,7 +112,7 @@ def score(
     if not files and not problems:
         raise InputError("there are no images; give files or folders: mmalign score generated/")
     specs = [*dict.fromkeys(reward or ["clipscore"])]
-    rewards = column_names([(spec, load_rewards(spec, device=device)) for spec in specs])
+    rewards = column_names([(spec, load_rewards(spec, device=device, dtype=dtype)) for spec in specs])
     own = prompt if captions is None else [captions.get(file.resolve()) for file in files]
     table = score_files(files, rewards, own, progress=not quiet)
     table.left_out[:0] = problems
