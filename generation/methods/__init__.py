@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from ..training.trainer import Trainer
+from .d2_align import D2AlignConfig, D2AlignTrainer
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from .mapo import MaPOConfig, MaPOTrainer
+from .reward_gradient import (
+    AlignPropConfig,
+    AlignPropTrainer,
+    DirectAlignConfig,
+    DirectAlignTrainer,
+    DRaFTConfig,
+    DRaFTLVConfig,
+    DRaFTLVTrainer,
+    DRaFTTrainer,
+    ReFLConfig,
+    ReFLTrainer,
+    RewardGradientConfig,
+    RewardGradientTrainer,
+)
 from .reward_weighted import RewardWeightedConfig, RewardWeightedTrainer
 from .supervised import SupervisedConfig, SupervisedTrainer
 
 __all__ = [
     "METHODS",
+    "AlignPropConfig",
+    "AlignPropTrainer",
+    "D2AlignConfig",
+    "D2AlignTrainer",
+    "DRaFTConfig",
+    "DRaFTLVConfig",
+    "DRaFTLVTrainer",
+    "DRaFTTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "DirectAlignConfig",
+    "DirectAlignTrainer",
     "MaPOConfig",
     "MaPOTrainer",
+    "ReFLConfig",
+    "ReFLTrainer",
+    "RewardGradientConfig",
+    "RewardGradientTrainer",
     "RewardWeightedConfig",
     "RewardWeightedTrainer",
     "SupervisedConfig",
@@ -22,5 +51,16 @@ __all__ = [
 
 METHODS: dict[str, type[Trainer]] = {
     trainer.config_class.method: trainer
-    for trainer in (MaPOTrainer, DiffusionDPOTrainer, RewardWeightedTrainer, SupervisedTrainer)
+    for trainer in (
+        MaPOTrainer,
+        DiffusionDPOTrainer,
+        RewardWeightedTrainer,
+        SupervisedTrainer,
+        AlignPropTrainer,
+        DRaFTTrainer,
+        DRaFTLVTrainer,
+        ReFLTrainer,
+        DirectAlignTrainer,
+        D2AlignTrainer,
+    )
 }

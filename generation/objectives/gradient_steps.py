@@ -11,8 +11,8 @@ from mmalign.errors import InputError
 __all__ = ["check_gradient_steps", "draw_gradient_steps"]
 
 _FORMS = (
-    '"all"; "last:K"; "uniform:LOW:HIGH" or "normal:MEAN:STD" (the last K, K drawn); "independent" (each step by '
-    'itself, late ones more often); "one:LOW:HIGH" (a single step); or a mask such as "0,1,0,1"'
+    '"all"; "last:K"; "uniform", "uniform:LOW:HIGH" or "normal:MEAN:STD" (the last K, K drawn); "independent" (each '
+    'step by itself, late ones more often); "one" or "one:LOW:HIGH" (a single step); or a mask such as "0,1,0,1"'
 )
 
 
@@ -21,17 +21,19 @@ def draw_gradient_steps(form: str, total: int, generator: torch.Generator) -> li
 
     Args:
         form: "all" (DRaFT, arXiv 2309.17400); "last:K" (DRaFT-K); "uniform:LOW:HIGH", the last K with K uniform on
-            whole numbers from LOW to HIGH, both included (AlignProp, arXiv 2310.03739); "normal:MEAN:STD", the last K
+            whole numbers from LOW to HIGH, both included (AlignProp, arXiv 2310.03739), 1 to all of them where no
+            numbers are given; "normal:MEAN:STD", the last K
             with K normal, drawn again until it is in [1, total]; "independent", step i by itself with probability
             (i + 1) / (total + 1), which is what AlignProp's released code does, scaled to any number of steps;
-            "one:LOW:HIGH", a single step numbered from 0 (ReFL, arXiv 2304.05977); or a mask, "0,1,0,1".
+            "one:LOW:HIGH", a single step numbered from 0 (ReFL, arXiv 2304.05977), any where no numbers are given; or
+            a mask, "0,1,0,1".
         total: steps of a run.
         generator: of the draws; used by the random forms only.
 
     Raises:
         InputError: another form, or one that leaves no step, or names steps that a run of `total` does not have.
     """
-    kind, numbers = _parsed(form)
+    kind, numbers = _parsed(form, total)
     if kind == "all":
         return [True] * total
     if kind == "mask":
@@ -76,7 +78,7 @@ def check_gradient_steps(form: str, total: int) -> None:
     draw_gradient_steps(form, total, torch.Generator().manual_seed(0))
 
 
-def _parsed(form: str) -> tuple[str, Sequence[float]]:
+def _parsed(form: str, total: int) -> tuple[str, Sequence[float]]:
     """The kind, and its numbers; refused where there are too few, too many, or none that make sense."""
     kind, _, rest = form.partition(":")
     counts = {"all": 0, "independent": 0, "last": 1, "uniform": 2, "normal": 2, "one": 2}
@@ -88,7 +90,8 @@ def _parsed(form: str) -> tuple[str, Sequence[float]]:
             if not any(mask):
                 raise InputError(f"gradient_steps {form!r} leaves no step a gradient, so nothing would be trained")
             return "mask", mask
-        numbers = [float(part) for part in rest.split(":")] if rest else []
+        whole = {"uniform": [1.0, float(total)], "one": [0.0, float(total - 1)]}
+        numbers = [float(part) for part in rest.split(":")] if rest else whole.get(kind, [])
         if kind != "normal" and any(number != int(number) for number in numbers):
             raise ValueError(form)
     except ValueError:

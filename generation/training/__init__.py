@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .configuration import TrainingConfig, load_config
+    from .configuration import RunConfig, TrainingConfig, load_config
     from .denoising import DenoisingTrainer
     from .trainer import Trainer, TrainingReport
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "configuration": ["TrainingConfig", "load_config"],
+        "configuration": ["RunConfig", "TrainingConfig", "load_config"],
         "denoising": ["DenoisingTrainer"],
         "trainer": ["Trainer", "TrainingReport"],
     },

@@ -16,7 +16,7 @@ from mmalign.files import save_tensors, whole_file
 
 from ..export import DIFFUSERS_FILE, export_lora
 from ..lora import add_lora, load_lora_state, lora_disabled
-from .configuration import TrainingConfig
+from .configuration import RunConfig
 from .hardware import training_dtype
 
 __all__ = ["Adaptation", "FullAdaptation", "LoraAdaptation", "MovingAverage", "make_adaptation"]
@@ -49,7 +49,7 @@ class Adaptation(Protocol):
 class LoraAdaptation:
     """Float32 adapters on a frozen network; the reference is the same network with the adapters off."""
 
-    def __init__(self, network: nn.Module, config: TrainingConfig, family: str) -> None:
+    def __init__(self, network: nn.Module, config: RunConfig, family: str) -> None:
         self.network, self._family, self._name = network, family, config.output.name
         self.parameters = add_lora(
             network,
@@ -85,7 +85,7 @@ class LoraAdaptation:
 class FullAdaptation:
     """All weights in float32; the reference, where a method needs one, is a frozen copy in the run's precision."""
 
-    def __init__(self, network: nn.Module, config: TrainingConfig, family: str, *, reference: bool) -> None:
+    def __init__(self, network: nn.Module, config: RunConfig, family: str, *, reference: bool) -> None:
         self.network = network
         self._component = "unet" if family in ("sdxl", "sd15") else "transformer"
         self._copy: nn.Module | None = None
@@ -132,7 +132,7 @@ class FullAdaptation:
         return folder / self._component / SAFETENSORS_WEIGHTS_NAME
 
 
-def make_adaptation(network: nn.Module, config: TrainingConfig, family: str, *, reference: bool) -> Adaptation:
+def make_adaptation(network: nn.Module, config: RunConfig, family: str, *, reference: bool) -> Adaptation:
     """Make what the settings name trainable."""
     if config.adaptation == "lora":
         return LoraAdaptation(network, config, family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -27,9 +28,12 @@ from .presets import PRESETS
 
 __all__ = [
     "Place",
+    "RunConfig",
+    "Texts",
     "TrainingConfig",
     "differences",
     "dry_run_of",
+    "inherited",
     "load_config",
     "read_yaml",
     "setting",
@@ -54,8 +58,8 @@ _Dtype = Annotated[
     BeforeValidator(lambda value: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value),
 ]
 
-Config = TypeVar("Config", bound="TrainingConfig")
-_Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Config = TypeVar("Config", bound="RunConfig")
+Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -67,6 +71,14 @@ def setting(default: Any, text: str, *, panel: str = "", fixed: bool = True, **l
     """
     # pydantic copies a list for each config
     return Field(default=default, description=text, json_schema_extra={"fixed": fixed, "panel": panel}, **limits)
+
+
+def inherited(kind: type[RunConfig], name: str, default: Any) -> Any:
+    """The setting of this name as another config has it, with another default."""
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    about: Any = copy.copy(field.default)
+    about.default = default
+    return about
 
 
 @dataclass_transform(kw_only_default=True)
@@ -101,28 +113,24 @@ _looking = partial(setting, panel="Checkpoints and looking on", fixed=False)
 
 
 @settings
-class TrainingConfig:
-    """What every trainer needs. A method's own config derives from this and adds its hyperparameters.
+class RunConfig:
+    """What every trainer needs, whatever it trains on.
 
     Attributes:
         method: its name on the command line.
         summary: what it is, in a line.
         data_kinds: what `data` may be, for people.
+        explanation: what else a first-time user should know, for people.
         example: what a first run has to name.
     """
 
     method: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    data_kinds: ClassVar[str] = """Parquet (jpg_0, jpg_1, label_0, caption); a folder with metadata.jsonl,
-with winner/ and loser/, or of save_to_disk; datasets:NAME.
-`mmalign data check --help` says more of them."""
+    data_kinds: ClassVar[str] = ""
+    explanation: ClassVar[str] = ""
     example: ClassVar[str] = "DATA OUTPUT"
 
-    data: Place = _options(
-        "",
-        "Training data: Parquet file or folder, folder with metadata.jsonl or winner/ and loser/, datasets:NAME.",
-        fixed=False,  # a checkpoint knows the content
-    )
+    data: Place = _options("", "What is trained on.", fixed=False)  # a checkpoint knows the content
     output: Path = _options(Path(), "Run folder: settings, checkpoints, samples, the finished LoRA.", fixed=False)
     model: Place = _options(
         "stabilityai/stable-diffusion-xl-base-1.0", "Pipeline to train: hub id, folder, single file, or tiny:sdxl."
@@ -136,20 +144,9 @@ with winner/ and loser/, or of save_to_disk; datasets:NAME.
         False, "Try everything with a tiny model of the same family and 4 steps, in OUTPUT/dry-run.", fixed=False
     )
 
-    split: str | None = _data(None, "Split of a datasets: set. (default: train)", fixed=False)
-    bad_rows: Literal["skip", "refuse"] = _data("skip", "What to do when rows cannot be used.", fixed=False)
-    max_pixels: int = _data(MAX_PIXELS, "Leave out images of more pixels.", ge=1)
-    filter_encoder: str | None = _data(
-        None, "Encoder whose cosine of caption and image min_score and min_margin refer to, e.g. bundled."
-    )
-    min_score: float | None = _data(None, "Leave out rows whose winner scores less.")
-    min_margin: float | None = _data(None, "Leave out pairs whose winner scores less than this above the loser.")
     resolution: int = _data(
         1024, "Side of the training canvas in pixels; with buckets the side of its area.", ge=64, multiple_of=8
     )
-    aspect_buckets: bool = _data(False, "Canvases of several aspect ratios instead of one square; a pair shares one.")
-    random_flip: bool = _data(False, "Mirror half of the samples (both images of a pair); doubles the cache.")
-    caption_dropout: float = _data(0.0, "Share of samples trained on the unconditional embedding.", ge=0, le=1)
     cache: bool = _data(True, "Encode images and captions once, before training, and free the encoders.", fixed=False)
     cache_dir: Path | None = _data(
         None, "Where latents and embeddings are kept, for all runs. (default: cache/ beside OUTPUT)", fixed=False
@@ -198,13 +195,39 @@ with winner/ and loser/, or of save_to_disk; datasets:NAME.
     keep_checkpoints: int = _looking(3, "How many of the newest to keep.", ge=1)
     probe_every: int = _looking(50, "Steps between two looks at the fixed probe samples.", ge=1)
     probe_size: int = _looking(16, "Samples in the probe; 0 for none.", fixed=True, ge=0)
-    validation_prompts: _Texts = _looking([], "Prompt to render while training, or several; may repeat.")
+    validation_prompts: Texts = _looking([], "Prompt to render while training, or several; may repeat.")
     validate_every: int = _looking(250, "Steps between renderings.", ge=1)
     validation_steps: int = _looking(25, "Denoising steps of a rendering.", ge=1)
     validation_guidance: float = _looking(5.0, "Guidance scale of a rendering.", ge=0)
     tensorboard: bool = _looking(False, "Log to OUTPUT/tensorboard.")
     wandb: str | None = _looking(None, "Log to this Weights & Biases project.")
     progress: bool = _looking(False, "Show a progress bar.")
+
+    def in_small(self) -> dict[str, Any]:
+        """Settings of the method's own that a dry run changes as well."""
+        return {}
+
+
+@settings
+class TrainingConfig(RunConfig):
+    """What every trainer on stored images needs. A method's own config derives from this; it adds hyperparameters."""
+
+    data_kinds: ClassVar[str] = """Parquet (jpg_0, jpg_1, label_0, caption); a folder with metadata.jsonl,
+with winner/ and loser/, or of save_to_disk; datasets:NAME.
+`mmalign data check --help` says more of them."""
+    explanation: ClassVar[str] = "Rows are checked before anything else."
+
+    split: str | None = _data(None, "Split of a datasets: set. (default: train)", fixed=False)
+    bad_rows: Literal["skip", "refuse"] = _data("skip", "What to do when rows cannot be used.", fixed=False)
+    max_pixels: int = _data(MAX_PIXELS, "Leave out images of more pixels.", ge=1)
+    filter_encoder: str | None = _data(
+        None, "Encoder whose cosine of caption and image min_score and min_margin refer to, e.g. bundled."
+    )
+    min_score: float | None = _data(None, "Leave out rows whose winner scores less.")
+    min_margin: float | None = _data(None, "Leave out pairs whose winner scores less than this above the loser.")
+    aspect_buckets: bool = _data(False, "Canvases of several aspect ratios instead of one square; a pair shares one.")
+    random_flip: bool = _data(False, "Mirror half of the samples (both images of a pair); doubles the cache.")
+    caption_dropout: float = _data(0.0, "Share of samples trained on the unconditional embedding.", ge=0, le=1)
 
 
 def load_config(kind: type[Config], given: Mapping[str, Any], file: str | os.PathLike[str] | None = None) -> Config:
@@ -247,13 +270,14 @@ def dry_run_of(config: Config, family: str | None = None) -> Config:
         validate_every=4,
         validation_steps=2,
         wandb=None,
+        **config.in_small(),
     )
     if small == config and config.output.name == "dry-run":
         return config
     return dataclasses.replace(small, output=config.output / "dry-run")
 
 
-def unlike_given(config: TrainingConfig, small: TrainingConfig) -> list[str]:
+def unlike_given(config: RunConfig, small: RunConfig) -> list[str]:
     """Settings other than the defaults that a dry run does without: "rank 4 instead of 999"."""
     plain, now = to_dict(config), to_dict(small)
     default = to_dict(type(config)())
@@ -265,7 +289,7 @@ def unlike_given(config: TrainingConfig, small: TrainingConfig) -> list[str]:
     ]
 
 
-def to_dict(config: TrainingConfig) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """The method and every setting as plain values, in the order of definition."""
     plain: dict[str, Any] = {"method": config.method}
     for field in dataclasses.fields(config):
@@ -276,13 +300,13 @@ def to_dict(config: TrainingConfig) -> dict[str, Any]:
     return plain
 
 
-def write_config(config: TrainingConfig, path: Path) -> None:
+def write_config(config: RunConfig, path: Path) -> None:
     """All values as YAML that `load_config` reads."""
     with whole_file(path) as fresh:
         fresh.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def differences(config: TrainingConfig, saved: Mapping[str, Any]) -> list[str]:
+def differences(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
     """Settings that a resumed run must not change but would: "rank 64 -> 32"."""
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     fixed = {"method", *(name for name, about in fields.items() if about.json_schema_extra["fixed"])}
@@ -316,7 +340,7 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
     return PRESETS[name].settings(given)
 
 
-def _refuse_unknown(kind: type[TrainingConfig], names: Iterable[str], where: str = "") -> None:
+def _refuse_unknown(kind: type[RunConfig], names: Iterable[str], where: str = "") -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for name in names:
         if name not in known:

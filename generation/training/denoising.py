@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.errors import InputError
 
 from ..data import CheckedData
-from .configuration import TrainingConfig
+from .configuration import RunConfig, TrainingConfig
 from .denoiser import Denoiser
 from .encoding import LatentEncoder, PromptEncoder
 from .feed import TrainingData
@@ -49,6 +49,8 @@ class DenoisingTrainer(Trainer):
         denoiser: the network with its noise schedule.
     """
 
+    config_class: ClassVar[type[RunConfig]] = TrainingConfig
+    config: TrainingConfig
     unit: ClassVar[str] = "pairs"
     scored: ClassVar[bool] = False
     families = ("sdxl", "sd15")
@@ -58,7 +60,7 @@ class DenoisingTrainer(Trainer):
         "drift": ("winner_drift", "{:+.1%}"),
         "memory": ("peak_memory_gb", "{:.1f} GB"),
     }
-    panels: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    panels: Mapping[str, tuple[str, ...]] = {
         "loss": ("loss",),
         "denoising error (probe)": ("probe_mse_w", "probe_mse_l", "probe_mse"),
         "margin accuracy": ("margin_accuracy", "probe_margin_accuracy"),

@@ -7,6 +7,7 @@ of its image alone, and training from the cache equals training without. At 1024
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -91,15 +92,18 @@ class PromptEncoder:
         for encoder in self._encoders:
             encoder.to(self._device)
         with quiet_diffusers():  # the data check has named long captions
+            # Families want different arguments; those that one does not know are left out.
+            given = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+            known = inspect.signature(self._pipeline.encode_prompt).parameters
             embeds = self._pipeline.encode_prompt(
                 prompt=caption or "",
                 device=self._device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
+                **{name: value for name, value in given.items() if name in known},
             )
         found = {"prompt_embeds": embeds[0][0].float().cpu()}
-        if len(embeds) == 4:
-            found["pooled_prompt_embeds"] = embeds[2][0].float().cpu()
+        if len(embeds) > 2:  # FLUX gives (prompt, pooled, token places), SDXL and SD3 negatives at odd places
+            found["pooled_prompt_embeds"] = embeds[2 if len(embeds) == 4 else 1][0].float().cpu()
         if caption is None and self._zeros_for_empty:
             found = {name: torch.zeros_like(value) for name, value in found.items()}
         return found

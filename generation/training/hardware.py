@@ -17,7 +17,7 @@ from torch import nn
 from mmalign.device import resolve_device, resolve_dtype
 from mmalign.errors import InputError
 
-from .configuration import TrainingConfig
+from .configuration import RunConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +36,7 @@ __all__ = [
 _PATIENCE = timedelta(hours=48)
 
 
-def make_accelerator(config: TrainingConfig) -> Accelerator:
+def make_accelerator(config: RunConfig) -> Accelerator:
     """accelerate's handle on all processes; `accelerate launch` decides how many there are.
 
     Raises:
@@ -73,7 +73,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def training_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """Of the frozen weights and the forward pass. float16 is refused without a GPU: it needs loss scaling."""
     dtype = resolve_dtype(config.dtype, device)
     if dtype == torch.float16 and device.type != "cuda":
@@ -86,7 +86,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type.name in ("FSDP", "DEEPSPEED")
 
 
-def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW over all parameters.
 
     Raises:
@@ -107,7 +107,7 @@ def make_optimizer(config: TrainingConfig, parameters: Sequence[nn.Parameter]) -
     return AdamW8bit(parameters, **settings)
 
 
-def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, total: int) -> Any:
+def make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, total: int) -> Any:
     """Learning rate by optimiser steps, of which the whole run has `total`, however many processes share it."""
     from diffusers.optimization import get_scheduler
 
@@ -116,7 +116,7 @@ def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, tota
 
 
 @contextmanager
-def memory_told(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+def memory_told(config: RunConfig, device: torch.device) -> Iterator[None]:
     """Turn what no setting rules out beforehand, a full GPU, into an InputError with the ways out."""
     try:
         yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptation import Adaptation, MovingAverage
-from .configuration import TrainingConfig
+from .configuration import RunConfig
 from .feed import TrainingBatch
 from .hardware import is_sharded, make_optimizer, make_schedule
 from .monitor import check_finite, mean_of
@@ -36,9 +36,24 @@ class Learner:
     """
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, adaptation: Adaptation, *, total_updates: int
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        adaptation: Adaptation,
+        *,
+        total_updates: int,
+        wrapped: bool = True,
     ) -> None:
-        """`total_updates`: optimiser steps of the whole run, by which the learning rate is scheduled."""
+        """Take what is to be trained.
+
+        Args:
+            config: all settings.
+            accelerator: accelerate's handle on devices and processes.
+            adaptation: what is trained.
+            total_updates: optimiser steps of the whole run, by which the learning rate is scheduled.
+            wrapped: the network is called through `network`, whose wrapper averages gradients over processes. Without
+                it, as where a pipeline calls the network itself, they are averaged before each optimiser step.
+        """
         self._config, self._accelerator, self.adaptation = config, accelerator, adaptation
         optimizer = make_optimizer(config, adaptation.parameters)
         self._schedule = make_schedule(config, optimizer, total_updates)
@@ -51,9 +66,14 @@ class Learner:
                 "gradient_accumulation_steps": config.accumulation,
                 "gradient_clipping": config.max_grad_norm,
             }
-        wrapped, self.optimizer = accelerator.prepare(adaptation.network, optimizer)
-        self.network: nn.Module = wrapped
-        self._trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        self._averages_itself = not wrapped and accelerator.num_processes > 1
+        if wrapped:
+            network, self.optimizer = accelerator.prepare(adaptation.network, optimizer)
+        else:  # precision only, and in place
+            network = accelerator.prepare_model(adaptation.network, evaluation_mode=True)
+            self.optimizer = accelerator.prepare(optimizer)
+        self.network: nn.Module = network
+        self._trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._average = None
         if config.ema_decay is not None:
             self._average = MovingAverage(adaptation.parameters, config.ema_decay)
@@ -83,11 +103,13 @@ class Learner:
         parts: list[dict[str, Tensor]] = []
         for place, batch in enumerate(batches):
             last = accelerator.sync_gradients = place + 1 == len(batches)
-            alone = contextlib.nullcontext() if last else accelerator.no_sync(self.network)
+            alone = contextlib.nullcontext() if last or self._averages_itself else accelerator.no_sync(self.network)
             with alone, self._dropout_stream(place):
                 value, sample_values = loss(batch)
                 parts.append({"loss": value.detach()[None], **sample_values})
                 accelerator.backward(value * self._divided / len(batches))
+        if self._averages_itself:
+            self._average_gradients()
         norm = accelerator.clip_grad_norm_(self._trained, self._config.max_grad_norm)
         means = mean_of(parts)
         if hasattr(norm, "full_tensor"):  # FSDP 2 gives a DTensor, which mixes with no other
@@ -142,6 +164,16 @@ class Learner:
         folder.mkdir(parents=True, exist_ok=True)
         with self.averaged():
             return self.adaptation.export(folder, notes, state)
+
+    def _average_gradients(self) -> None:
+        """Over processes, in one transfer; a process whose batches did not reach a weight counts as zero."""
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        means = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, mean in zip(gradients, means.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _stateful(self) -> dict[str, Any]:
         parts = {"schedule": self._schedule, "average": self._average}

@@ -15,7 +15,7 @@ from mmalign.errors import InputError
 from ..data import CheckedData, NothingUsableError, Problem, RowSource, check_data, open_source
 from ..data.memory import write_json_lines
 from ..data.rows import fingerprint_examples, likely_column
-from .configuration import TrainingConfig
+from .configuration import RunConfig, TrainingConfig
 from .encoding import LatentEncoder, PromptEncoder
 from .training_set import EncodedSet, SampleOptions, samples_of
 
@@ -142,7 +142,7 @@ def filter_of(config: TrainingConfig, given: AnyReward | None) -> AnyReward | No
     return CosineReward(load_encoder(config.filter_encoder, device=config.device))
 
 
-def cache_folder(config: TrainingConfig) -> Path:
+def cache_folder(config: RunConfig) -> Path:
     """Shared by all runs beside this one, unless set."""
     return config.cache_dir if config.cache_dir is not None else config.output.parent / "cache"
 

@@ -19,7 +19,7 @@ from mmalign.errors import InputError, reason_of
 from mmalign.files import whole_file
 from mmalign.provenance import libraries, written_now
 
-from .configuration import TrainingConfig, differences, read_yaml, write_config
+from .configuration import RunConfig, differences, read_yaml, write_config
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -98,7 +98,7 @@ class RunFolder:
         finally:
             lock.release()
 
-    def open(self, config: TrainingConfig) -> Checkpoint | None:
+    def open(self, config: RunConfig) -> Checkpoint | None:
         """Clear what an interrupted run left, and check that `config` continues what is here.
 
         A dry run begins afresh.
@@ -124,7 +124,7 @@ class RunFolder:
             )
         return checkpoints[-1]
 
-    def begin(self, config: TrainingConfig, step: int, **about: Any) -> None:
+    def begin(self, config: RunConfig, step: int, **about: Any) -> None:
         """Echo the settings, write down what runs here, and forget what was logged after the step gone on from."""
         write_config(config, self.path / "config.yaml")
         versions = libraries("diffusers", "transformers", "peft", "accelerate")

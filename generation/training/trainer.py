@@ -4,8 +4,6 @@ A method says what is prepared and what is minimised; one that trains on stored 
 loss, and this is a complete one:
 
     class ToyTrainer(DenoisingTrainer):
-        config_class = TrainingConfig
-
         def loss(self, batch):
             mse_w, mse_l = pair_errors(self.denoiser.predict(batch), self.denoiser.target(batch))
             return (mse_w - mse_l).mean(), {"mse_w": mse_w, "mse_l": mse_l}
@@ -41,7 +39,7 @@ from ..pipelines import (
     weights_fingerprint,
 )
 from .adaptation import Adaptation, make_adaptation
-from .configuration import TrainingConfig, dry_run_of, unlike_given
+from .configuration import RunConfig, dry_run_of, unlike_given
 from .curves import draw_curves
 from .feed import TrainingData, load_batches
 from .hardware import is_sharded, make_accelerator, memory_told, peak_memory, training_dtype
@@ -63,7 +61,7 @@ _CURVES_SECONDS = 30
 
 @dataclass
 class TrainingReport:
-    """How a run went: its folder, the last step, what was exported, the last values, warnings, rows left out."""
+    """How a run went: folder, last step, what was exported, last values, warnings, rows left out, the first look."""
 
     output: Path
     step: int
@@ -72,6 +70,7 @@ class TrainingReport:
     values: dict[str, float]
     warnings: list[str] = field(default_factory=list)
     left_out: int = 0
+    first_look: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it: paths as text, and `None` for a value that is no finite number."""
@@ -79,7 +78,8 @@ class TrainingReport:
             **vars(self),
             "output": str(self.output),
             "exported": [str(path) for path in self.exported],
-            "values": {name: value if math.isfinite(value) else None for name, value in self.values.items()},
+            "values": _finite(self.values),
+            "first_look": _finite(self.first_look),
             "warnings": list(self.warnings),
         }
 
@@ -106,6 +106,7 @@ class Trainer(ABC):
         config_class: the dataclass of the method's settings.
         families: of the pipelines that it can train.
         needs_reference: it uses `self.reference()`.
+        through_pipeline: a pipeline calls the network, which therefore cannot be sharded over processes.
         shown: fields of the progress bar, each the name of a value and its format.
         panels: of the run's curves, headings with names of values.
         step: steps done.
@@ -116,19 +117,20 @@ class Trainer(ABC):
         folder: the run's.
     """
 
-    config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
+    config_class: ClassVar[type[RunConfig]] = RunConfig
     families: ClassVar[Sequence[str]] = tuple(FAMILIES)
     needs_reference: ClassVar[bool] = False
+    through_pipeline: ClassVar[bool] = False
     shown: ClassVar[Mapping[str, tuple[str, str]]] = {
         "loss": ("loss", "{:.4f}"),
         "memory": ("peak_memory_gb", "{:.1f} GB"),
     }
-    panels: ClassVar[Mapping[str, tuple[str, ...]]] = {"loss": ("loss",), "gradient norm": ("grad_norm",)}
+    panels: Mapping[str, tuple[str, ...]] = {"loss": ("loss",), "gradient norm": ("grad_norm",)}
     accelerator: Accelerator
     learner: Learner
     prepared: Prepared
 
-    def __init__(self, config: TrainingConfig, *, pipeline: DiffusionPipeline | None = None) -> None:
+    def __init__(self, config: RunConfig, *, pipeline: DiffusionPipeline | None = None) -> None:
         """Nothing is loaded yet.
 
         Args:
@@ -193,6 +195,10 @@ class Trainer(ABC):
         """Warnings by kind, each of which is given once, from the first look and this one."""
         return {}
 
+    def enough(self) -> str | None:
+        """Why to end before the last step, after a look; a function of what has been logged."""
+        return None
+
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The network as it was before training, without gradient; for a LoRA, itself with the adapters off."""
         return self.learner.reference()
@@ -230,7 +236,9 @@ class Trainer(ABC):
             exported = self.learner.export(self.folder.export, {f"mmalign_{k}": v for k, v in notes.items()})
         left_out = self.prepared.left_out
         self.accelerator.end_training()
-        return TrainingReport(self.config.output, self.step, start, exported, values, self._warnings, left_out)
+        return TrainingReport(
+            self.config.output, self.step, start, exported, values, self._warnings, left_out, dict(self.first_look)
+        )
 
     def load_pipeline(self) -> DiffusionPipeline:
         """The given pipeline, or `config.model` on the CPU; refused if it is of no family that this method trains."""
@@ -261,7 +269,13 @@ class Trainer(ABC):
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()  # type: ignore[operator]
         adaptation = self.adapt(network, pipeline_family(pipeline))
-        self.learner = Learner(self.config, self.accelerator, adaptation, total_updates=self.total_updates)
+        self.learner = Learner(
+            self.config,
+            self.accelerator,
+            adaptation,
+            total_updates=self.total_updates,
+            wrapped=not self.through_pipeline,
+        )
         self.connect(pipeline)
 
     def batches(self, data: TrainingData, start: int) -> Iterator[list[Any]]:
@@ -294,6 +308,7 @@ class Trainer(ABC):
         config = self.config
         wanted = {"adaptation lora": config.adaptation == "lora", "ema_decay": config.ema_decay is not None}
         wanted["validation_prompts"] = bool(config.validation_prompts)
+        wanted[f"method {config.method}"] = self.through_pipeline
         cannot = [name for name, present in wanted.items() if present]
         if cannot and is_sharded(self.accelerator):
             raise InputError(
@@ -310,12 +325,14 @@ class Trainer(ABC):
 
     def _run(self) -> dict[str, float]:
         config, main = self.config, self.accelerator.is_main_process
+        values: dict[str, float] = {}
         self._start_loggers()
         if self.step == 0:
             self._render()
             if (values := self._look()) and main:
                 self.folder.log({"step": 0, **values})
-        values = {}
+        if self._ended():
+            return values
         shown = config.progress and main and self.step < config.steps
         fields = dict.fromkeys(self.shown, "-")
         bar = progress_bar(config.method, config.steps, unit="steps", initial=self.step, enabled=shown, **fields)
@@ -327,18 +344,22 @@ class Trainer(ABC):
                 now = time.perf_counter()
                 values |= {"step_seconds": now - began, "peak_memory_gb": peak_memory(self.accelerator.device)}
                 last = self.step == config.steps
-                if self.step % config.probe_every == 0 or last:
+                looked = self.step % config.probe_every == 0 or last
+                if looked:
                     values |= self._look()
                 self._log(values)
+                ended = looked and not last and self._ended()
                 advance(**{k: form.format(values[name]) for k, (name, form) in self.shown.items() if name in values})
                 if config.validation_prompts and (self.step % config.validate_every == 0 or last):
                     self._render()
                 stop = self._any_process(interruption.requested)
-                if self.step % config.checkpoint_every == 0 or last or stop:
+                if self.step % config.checkpoint_every == 0 or last or stop or ended:
                     self._save()
-                    if main and (last or stop or time.perf_counter() - drawn > _CURVES_SECONDS):
+                    if main and (last or stop or ended or time.perf_counter() - drawn > _CURVES_SECONDS):
                         draw_curves(self.folder.metrics, self.folder.curves, self.panels)
                         drawn = time.perf_counter()
+                if ended:
+                    break
                 if stop and not last:
                     raise KeyboardInterrupt
                 began = time.perf_counter()
@@ -355,6 +376,13 @@ class Trainer(ABC):
                 self._warned.append(kind)
                 self.warn(f"step {self.step}: {warning}")
         return values
+
+    def _ended(self) -> bool:
+        """Whether `enough` says so, in the main process, which has the log."""
+        reason = self.enough() if self.accelerator.is_main_process else None
+        if reason is not None:
+            self.warn(f"step {self.step}: {reason}")
+        return self._any_process(reason is not None)
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -416,3 +444,7 @@ class Trainer(ABC):
             self.folder.log({"step": self.step, **values})
         if self.config.tensorboard or self.config.wandb:
             self.accelerator.log(values, step=self.step)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

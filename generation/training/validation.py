@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -12,34 +12,26 @@ from torch import Tensor, nn
 from mmalign.imaging.contact_sheet import draw_contact_sheet
 
 from ..pipelines import denoiser_of
-from .configuration import TrainingConfig
+from .configuration import RunConfig
 from .encoding import LatentEncoder, PromptEncoder
+from .sampler import bare_pipeline, embedded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["Validation"]
 
-_LATER = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")
-
 
 class Validation:
     """Renders fixed prompts with fixed seeds, one image at a time; embeddings are made once, before the encoders go."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, prompts: PromptEncoder, latents: LatentEncoder, config: TrainingConfig
+        self, pipeline: DiffusionPipeline, prompts: PromptEncoder, latents: LatentEncoder, config: RunConfig
     ) -> None:
         self._config, self._latents = config, latents
         self._embeddings = [(text, prompts.encode(text)) for text in config.validation_prompts]
         self._unconditional = prompts.encode(None)
-        # The same denoiser without VAE and text encoders: a pipeline runs where its first component lies, and those
-        # stay off the GPU.
-        parts = {name: None if name.startswith(_LATER) else part for name, part in pipeline.components.items()}
-        parts["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        if "requires_safety_checker" in pipeline.config:
-            parts["requires_safety_checker"] = False
-        self._pipeline = type(pipeline)(**parts)
-        self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = bare_pipeline(pipeline, vae=False)
 
     @torch.no_grad()
     def render(self, network: nn.Module, path: Path, title: str) -> Path:
@@ -62,8 +54,7 @@ class Validation:
 
     def _sample(self, embeddings: dict[str, Tensor], device: torch.device, seed: int) -> Tensor:
         dtype = next(denoiser_of(self._pipeline)[1].parameters()).dtype
-        guided: dict[str, Any] = {name: value[None].to(device, dtype) for name, value in embeddings.items()}
-        guided |= {f"negative_{name}": value[None].to(device, dtype) for name, value in self._unconditional.items()}
+        guided = embedded(self._pipeline, [embeddings], self._unconditional, device, dtype)
         config = self._config
         return self._pipeline(
             **guided,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmalign.errors import InputError, reason_of
+from mmalign.errors import InputError
 
 from .options import Device, print_paths, say
 
@@ -18,7 +18,7 @@ __all__ = ["generate"]
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.", show_default=False)] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="More prompts, one a line; empty lines are left out.")
+        Path | None, typer.Option(help="More prompts, one a line (or JSON lines with `prompt`).")
     ] = None,
     model: Annotated[
         str | None,
@@ -77,7 +77,9 @@ def generate(
 
         print(json.dumps(read_settings(settings), indent=2, ensure_ascii=False))
         return
-    texts = [*(prompts or []), *(_lines(prompts_file) if prompts_file is not None else [])]
+    from generation.prompts import read_prompts
+
+    texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file is not None else [])]
     if not texts:
         raise InputError('there is no prompt; give one: mmalign generate "a red bicycle in snow", or --prompts-file')
     if adapter_weight and not adapter:
@@ -117,15 +119,6 @@ def generate(
             print_paths([image.path], "\n")
     if grid is not None:
         _draw_grid(drawn, images_per_prompt, grid)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"prompts file {file} cannot be read ({reason}); give a text file") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _refuse_grid(grid: Path) -> None:

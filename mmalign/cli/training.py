@@ -74,7 +74,7 @@ def _command(method: str) -> Any:
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     app.command(
         cls=MethodCommand,
-        help=f"{kind.summary}\n\nDATA: {kind.data_kinds}\n{_EXPLANATION}",
+        help=f"{kind.summary}\n\nDATA: {kind.data_kinds}\n{_EXPLANATION.format(more=kind.explanation)}",
         epilog=_EPILOG.format(method=method, example=kind.example),
     )(_function(METHODS[method]))
     command = typer.main.get_command(app)
@@ -87,8 +87,8 @@ Settings rise in rank: defaults, --preset, --config FILE.yaml, options.
 All are written to OUTPUT/config.yaml. What is on or off has both --NAME and
 --no-NAME, e.g. --no-cache.
 
-Rows are checked before anything else. Ctrl-C saves a checkpoint; the same
-command resumes.
+{more}
+Ctrl-C saves a checkpoint; the same command resumes.
 """
 _EPILOG = "Try it in a minute, without a GPU and without weights:  mmalign train {method} {example} --dry-run"
 
