@@ -2,7 +2,23 @@
 
 from .cmc import CMCResult, cmc_curve, cmc_map_self_excluded, truncated_cosine
 from .compatibility import CompatibilityResult, FlipRates, compatibility, flip_rates, update_gain
+from .diversity import (
+    CoverageResult,
+    RetrievalScore,
+    SpatialDiversity,
+    TonalStatistics,
+    TonalVariation,
+    artistic_coverage,
+    identity_similarity,
+    image_retrieval_score,
+    layout_similarity,
+    reachable_count,
+    spatial_diversity,
+    tonal_statistics,
+    tonal_variation,
+)
 from .opis import OPISResult, opis
+from .prompt_diversity import HIGHER_IS_MORE_DIVERSE, diversity_values
 from .retrieval import (
     evaluate,
     evaluate_ranked,
@@ -18,25 +34,40 @@ from .retrieval import (
 from .zero_shot import zero_shot_accuracy, zero_shot_classifier, zero_shot_predict
 
 __all__ = [
+    "HIGHER_IS_MORE_DIVERSE",
     "CMCResult",
     "CompatibilityResult",
+    "CoverageResult",
     "FlipRates",
     "OPISResult",
+    "RetrievalScore",
+    "SpatialDiversity",
+    "TonalStatistics",
+    "TonalVariation",
+    "artistic_coverage",
     "cmc_curve",
     "cmc_map_self_excluded",
     "compatibility",
+    "diversity_values",
     "evaluate",
     "evaluate_ranked",
     "exclude_same_item",
     "flip_rates",
+    "identity_similarity",
+    "image_retrieval_score",
     "image_text_retrieval",
+    "layout_similarity",
     "mean_recall",
     "median_rank",
     "opis",
     "per_query_metrics",
     "positives_from_labels",
     "positives_from_relevance",
+    "reachable_count",
     "recall_sum",
+    "spatial_diversity",
+    "tonal_statistics",
+    "tonal_variation",
     "truncated_cosine",
     "update_gain",
     "zero_shot_accuracy",
