@@ -133,10 +133,9 @@ def _encoder(spec: str, device: Device, dtype: Dtype) -> Encoder:
         raise unavailable(spec, error.__context__, remedy=_OFFLINE) from None
 
 
-def _named(usage: str, rest: str) -> str:
+def _named(prefix: str, rest: str, example: str) -> str:
     if not rest:
-        prefix = usage.partition(":")[0]
-        raise InputError(f"reward {prefix!r} names no encoder; say {usage}, for example {prefix}:bundled")
+        raise InputError(f"reward {prefix!r} names no encoder; say {prefix}:ENCODER, for example {prefix}:{example}")
     return rest
 
 
@@ -148,7 +147,7 @@ def _nothing(name: str, rest: str) -> None:
 def _cosine(rest: str, device: Device, dtype: Dtype) -> Reward:
     from .cosine import CosineReward
 
-    return CosineReward(_encoder(_named("cosine:ENCODER", rest), device, dtype))
+    return CosineReward(_encoder(_named("cosine", rest, "bundled"), device, dtype))
 
 
 def _clip_score(rest: str, device: Device, dtype: Dtype) -> Reward:
@@ -215,7 +214,7 @@ def _file_and_encoder(rest: str) -> tuple[str, str]:
 def _f_clip_score(rest: str, device: Device, dtype: Dtype) -> Reward:
     from .f_clip_score import FCLIPScore
 
-    return FCLIPScore(_encoder(_named("f-clipscore:ENCODER", rest), device, dtype))
+    return FCLIPScore(_encoder(_named("f-clipscore", rest, _OPENAI_B32), device, dtype))
 
 
 def _jpeg_compressibility(rest: str, device: Device, dtype: Dtype) -> Reward:
@@ -243,7 +242,7 @@ REWARDS: dict[str, RewardSource] = {
         (_hps_v2, "hps-v2[:FILE]", "Human Preference Score v2, not comparable with v2.1"),
         (_aesthetic_v2, "aesthetic-v2[:HEAD_FILE][@ENCODER]", f"LAION's, about 1 to 10, by {_OPENAI_L14}; no prompt"),
         (_aesthetic_v1, "aesthetic-v1:HEAD_FILE[@ENCODER]", "the older LAION head; no prompt"),
-        (_f_clip_score, "f-clipscore:ENCODER", "CLIPScore of the prompt and of its parts"),
+        (_f_clip_score, "f-clipscore:ENCODER", "how much words of the prompt contradict the image; 0 where none does"),
         (_jpeg_compressibility, "jpeg-compressibility", "minus the JPEG's size in kB; no prompt, no gradient"),
         (_jpeg_incompressibility, "jpeg-incompressibility", "the JPEG's size in kB; no prompt, no gradient"),
     )
