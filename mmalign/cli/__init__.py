@@ -18,6 +18,7 @@ from mmalign.errors import InputError, MMAlignError, reason_of
 
 from .aligning import align, eval_captions, eval_zero_shot
 from .data import data_app
+from .diversity import eval_diversity, eval_diversity_prompts
 from .fine_tuning import train_oca
 from .generating import generate
 from .indexing import index_app
@@ -54,7 +55,9 @@ app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data", help="Look through training data before anything is trained on them.")
 eval_app.command("captions")(eval_captions)
 eval_app.command("zero-shot")(eval_zero_shot)
-app.add_typer(eval_app, name="eval", help="Measure an index or encoders on your own captions and classes.")
+eval_app.command("diversity")(eval_diversity)
+eval_app.command("diversity-prompts")(eval_diversity_prompts)
+app.add_typer(eval_app, name="eval", help="Measure an index, encoders, or how diverse drawn images are.")
 
 
 def _version(wanted: bool) -> None:
