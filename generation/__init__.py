@@ -14,12 +14,27 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .images import GeneratedImage, read_settings
     from .lora import add_lora
+    from .lora_mixing import mix_adapters
     from .methods import (
         METHODS,
+        AlignPropConfig,
+        AlignPropTrainer,
+        D2AlignConfig,
+        D2AlignTrainer,
         DiffusionDPOConfig,
         DiffusionDPOTrainer,
+        DirectAlignConfig,
+        DirectAlignTrainer,
+        DRaFTConfig,
+        DRaFTLVConfig,
+        DRaFTLVTrainer,
+        DRaFTTrainer,
         MaPOConfig,
         MaPOTrainer,
+        ReFLConfig,
+        ReFLTrainer,
+        RewardGradientConfig,
+        RewardGradientTrainer,
         RewardWeightedConfig,
         RewardWeightedTrainer,
         SupervisedConfig,
@@ -27,10 +42,29 @@ if TYPE_CHECKING:
     )
     from .objectives import diffusion_dpo_loss, mapo_loss, reward_weighted_loss
     from .pipelines import load_pipeline
-    from .rewards import CosineReward, Reward, as_reward
+    from .reward_gradient import RewardGradientOptions, graded_latents
+    from .rewards import (
+        CosineReward,
+        DirectionalReward,
+        EmbeddingReward,
+        Reward,
+        as_reward,
+        fit_reward_direction,
+        load_reward,
+        load_rewards,
+    )
     from .sampling import generate, generate_again, generate_each
     from .tiny import tiny_pipeline
-    from .training import DenoisingTrainer, Trainer, TrainingConfig, TrainingReport, load_config
+    from .training import (
+        DenoisingTrainer,
+        RewardConfig,
+        RewardTrainer,
+        RunConfig,
+        Trainer,
+        TrainingConfig,
+        TrainingReport,
+        load_config,
+    )
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -39,12 +73,27 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "export": ["export_lora"],
         "images": ["GeneratedImage", "read_settings"],
         "lora": ["add_lora"],
+        "lora_mixing": ["mix_adapters"],
         "methods": [
             "METHODS",
+            "AlignPropConfig",
+            "AlignPropTrainer",
+            "D2AlignConfig",
+            "D2AlignTrainer",
+            "DRaFTConfig",
+            "DRaFTLVConfig",
+            "DRaFTLVTrainer",
+            "DRaFTTrainer",
             "DiffusionDPOConfig",
             "DiffusionDPOTrainer",
+            "DirectAlignConfig",
+            "DirectAlignTrainer",
             "MaPOConfig",
             "MaPOTrainer",
+            "ReFLConfig",
+            "ReFLTrainer",
+            "RewardGradientConfig",
+            "RewardGradientTrainer",
             "RewardWeightedConfig",
             "RewardWeightedTrainer",
             "SupervisedConfig",
@@ -52,9 +101,28 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "objectives": ["diffusion_dpo_loss", "mapo_loss", "reward_weighted_loss"],
         "pipelines": ["load_pipeline"],
-        "rewards": ["CosineReward", "Reward", "as_reward"],
+        "reward_gradient": ["RewardGradientOptions", "graded_latents"],
+        "rewards": [
+            "CosineReward",
+            "DirectionalReward",
+            "EmbeddingReward",
+            "Reward",
+            "as_reward",
+            "fit_reward_direction",
+            "load_reward",
+            "load_rewards",
+        ],
         "sampling": ["generate", "generate_again", "generate_each"],
         "tiny": ["tiny_pipeline"],
-        "training": ["DenoisingTrainer", "Trainer", "TrainingConfig", "TrainingReport", "load_config"],
+        "training": [
+            "DenoisingTrainer",
+            "RewardConfig",
+            "RewardTrainer",
+            "RunConfig",
+            "Trainer",
+            "TrainingConfig",
+            "TrainingReport",
+            "load_config",
+        ],
     },
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .pipelines import pipeline_family
 
@@ -37,7 +36,6 @@ def decode_latents(
     *,
     height: int,
     width: int,
-    checkpointing: bool = False,
 ) -> Float[Tensor, "n 3 height width"]:
     """What a pipeline's VAE makes of its latents, about [-1, 1], in float32, with gradient.
 
@@ -46,15 +44,12 @@ def decode_latents(
         latents: as the pipeline returns them with `output_type="latent"` (FLUX packs them).
         height: of the image, in pixels.
         width: of the image, in pixels.
-        checkpointing: compute the decoder's activations again when going backward, instead of keeping them.
     """
     vae = pipeline.vae
     if pipeline_family(pipeline) == "flux":
         latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
     factor, mean, std = (values.to(latents.device, torch.float32) for values in latent_scaling(vae))
     scaled = (latents.float() / factor * std + mean).to(vae.device, vae.dtype)
-    if checkpointing and torch.is_grad_enabled() and scaled.requires_grad:
-        return checkpoint(lambda z: vae.decode(z, return_dict=False)[0], scaled, use_reentrant=False).float()
     return vae.decode(scaled, return_dict=False)[0].float()
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hps import HPS, load_hps
     from .jpeg_size import JPEGSize
     from .pick_score import PickScore, load_pick_score
+    from .redness import Redness
     from .registry import load_reward, load_rewards, register_reward
     from .reward import AnyReward, Reward, as_reward
     from .scoring import ScoredImage, ScoreTable, score_files
@@ -41,6 +42,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hps": ["HPS", "load_hps"],
         "jpeg_size": ["JPEGSize"],
         "pick_score": ["PickScore", "load_pick_score"],
+        "redness": ["Redness"],
         "registry": ["load_reward", "load_rewards", "register_reward"],
         "reward": ["AnyReward", "Reward", "as_reward"],
         "scoring": ["ScoreTable", "ScoredImage", "score_files"],

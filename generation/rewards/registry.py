@@ -231,6 +231,13 @@ def _jpeg_incompressibility(rest: str, device: Device, dtype: Dtype) -> Reward:
     return JPEGSize(incompressible=True)
 
 
+def _redness(rest: str, device: Device, dtype: Dtype) -> Reward:
+    from .redness import Redness
+
+    _nothing("redness", rest)
+    return Redness()
+
+
 REWARDS: dict[str, RewardSource] = {
     usage.partition(":")[0].partition("[")[0]: RewardSource(load, usage, summary)
     for load, usage, summary in (
@@ -245,6 +252,7 @@ REWARDS: dict[str, RewardSource] = {
         (_f_clip_score, "f-clipscore:ENCODER", "how much words of the prompt contradict the image; 0 where none does"),
         (_jpeg_compressibility, "jpeg-compressibility", "minus the JPEG's size in kB; no prompt, no gradient"),
         (_jpeg_incompressibility, "jpeg-incompressibility", "the JPEG's size in kB; no prompt, no gradient"),
+        (_redness, "redness", "red less green and blue, to try training out; no prompt"),
     )
 }  # fmt: skip
 _BUILT_IN = frozenset(REWARDS)

@@ -10,6 +10,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from .configuration import RunConfig, TrainingConfig, load_config
     from .denoising import DenoisingTrainer
+    from .reward_training import RewardConfig, RewardTrainer
     from .trainer import Trainer, TrainingReport
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "configuration": ["RunConfig", "TrainingConfig", "load_config"],
         "denoising": ["DenoisingTrainer"],
+        "reward_training": ["RewardConfig", "RewardTrainer"],
         "trainer": ["Trainer", "TrainingReport"],
     },
 )

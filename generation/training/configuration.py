@@ -24,7 +24,7 @@ from mmalign.files import whole_file
 
 from ..data.rows import MAX_PIXELS
 from ..pipelines import guess_family
-from .presets import PRESETS
+from .presets import PRESETS, Preset
 
 __all__ = [
     "Place",
@@ -91,7 +91,7 @@ def settings(cls: type[Config]) -> type[Config]:
     def __init__(self: Config, **given: Any) -> None:
         _refuse_unknown(type(self), given)
         with _told_in_one_line():
-            initialise(self, **(_preset(given) | given))
+            initialise(self, **(_preset(type(self), given) | given))
 
     @functools.wraps(assign)
     def __setattr__(self: Config, name: str, value: Any) -> None:
@@ -122,10 +122,12 @@ class RunConfig:
         data_kinds: what `data` may be, for people.
         explanation: what else a first-time user should know, for people.
         example: what a first run has to name.
+        presets: settings by card size.
     """
 
     method: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Preset]] = PRESETS
     data_kinds: ClassVar[str] = ""
     explanation: ClassVar[str] = ""
     example: ClassVar[str] = "DATA OUTPUT"
@@ -331,13 +333,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
+def _preset(kind: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
     name = given.get("preset")
     if name is None:
         return {}
-    if name not in list(PRESETS):  # a list: YAML may hold what cannot be hashed
-        raise InputError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}")
-    return PRESETS[name].settings(given)
+    if name not in list(kind.presets):  # a list: YAML may hold what cannot be hashed
+        raise InputError(f"preset {name!r} is not known; use one of {', '.join(kind.presets)}")
+    return kind.presets[name].settings(given)
 
 
 def _refuse_unknown(kind: type[RunConfig], names: Iterable[str], where: str = "") -> None:

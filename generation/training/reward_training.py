@@ -28,6 +28,7 @@ from ..rewards import EmbeddingReward, Reward, as_reward, load_rewards
 from .configuration import Place, RunConfig, Texts, inherited, setting, settings
 from .encoding import LatentEncoder, PromptEncoder
 from .preparation import cache_folder
+from .presets import REWARD_PRESETS, Preset
 from .prompt_set import PromptSet
 from .randomness import stream
 from .sampler import bare_pipeline, embedded
@@ -46,6 +47,7 @@ __all__ = ["RewardConfig", "RewardTrainer"]
 class RewardConfig(RunConfig):
     """What every trainer on rewards needs; a method's own config derives from this and adds its switches."""
 
+    presets: ClassVar[Mapping[str, Preset]] = REWARD_PRESETS
     data_kinds: ClassVar[str] = """prompts, one a line, or JSON lines with `prompt` or `caption`."""
     explanation: ClassVar[str] = """--reward and --held-out-reward take what `mmalign score --reward` takes. Watch the
 probe: images of held-out prompts, drawn again and again from the same noise. A
@@ -72,7 +74,6 @@ run that raises its reward while held-out rewards or diversity fall says so."""
     eta: float = setting(0.0, "Noise added at each DDIM step; 1 is ancestral sampling.", ge=0, le=1)
     vae_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Precision of the VAE's decoder.")
     probe_size: int = inherited(RunConfig, "probe_size", 8)
-    resolution: int = inherited(RunConfig, "resolution", 512)
 
     def in_small(self) -> dict[str, Any]:
         """Rewards without weights, few steps and images."""
@@ -186,6 +187,9 @@ class RewardTrainer(Trainer):
             raise InputError(f"eta {config.eta:g} is of DDIM, which this run does not sample with; set eta to 0")
         with quiet_diffusers():
             pipeline.vae.requires_grad_(False).to(device, getattr(torch, config.vae_dtype))
+        # Once the denoiser is checkpointed, decoding is what takes most: 11 GB at 1024 px without this.
+        if getattr(pipeline.vae, "_supports_gradient_checkpointing", False):
+            pipeline.vae.enable_gradient_checkpointing()
         self.sampler = bare_pipeline(pipeline, vae=True, scheduler=scheduler)
         self._unconditional = None if pipeline_family(pipeline) == "flux" else self.prompts.embedding(None)
 
@@ -209,7 +213,7 @@ class RewardTrainer(Trainer):
     def decode(self, latents: Float[Tensor, "n ..."]) -> tuple[Float[Tensor, "n 3 height width"], Float[Tensor, " n"]]:
         """Images in [0, 1] with gradient, and the share of each that the clamp stops the gradient of."""
         side = self.config.resolution
-        decoded = decode_latents(self.sampler, latents, height=side, width=side, checkpointing=True)
+        decoded = decode_latents(self.sampler, latents, height=side, width=side)
         saturated = (decoded.detach().abs() >= 1).float().flatten(1).mean(dim=1)
         return unit_pixels(decoded), saturated
 

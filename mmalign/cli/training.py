@@ -61,7 +61,9 @@ train_app = typer.Typer(cls=_MethodGroup, no_args_is_help=True, rich_markup_mode
 
 @train_app.callback()
 def _train() -> None:
-    """Fine-tune SDXL or SD 1.5 with preference data, or (oca) an image encoder. Each method has its own --help.
+    """Fine-tune image generators with preference data or rewards, or (oca) an image encoder.
+
+    Each method has its own --help.
 
     The same command goes on where an interrupted run stopped, bit for bit.
     """
@@ -160,6 +162,7 @@ def _warnings_shown() -> Iterator[None]:
 
 def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options: dict[str, Any]) -> None:
     from generation.training.configuration import load_config, read_yaml
+    from generation.training.reward_training import RewardConfig
 
     given = {name: value for name, value in options.items() if value not in (None, [])}
     given["progress"] = not quiet and (read_yaml(file) if file else {}).get("progress", True)
@@ -175,7 +178,11 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
     for path in report.exported:
         print(path)
     if config.adaptation == "lora" and len(report.exported) == 1:
-        say("no kohya file: DoRA, and LoRAs on layers outside attention blocks, fit the diffusers format only")
+        say("no kohya file: DoRA, LoRAs outside attention blocks, SD3 and FLUX have the diffusers format only")
+    for name in report.first_look if isinstance(config, RewardConfig) else ():
+        if name in report.values and not name.endswith("_std"):
+            words = name.removeprefix("probe_").replace("_", " ")
+            say(f"probe: {words} {report.first_look[name]:.4g} -> {report.values[name]:.4g}")
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
     if report.resumed_from == report.step:
         begun = ", finished before; raise --steps to go on"
