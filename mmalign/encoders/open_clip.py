@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError, reason_of
 from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
+from .attention import AttendedTexts, attention_undefined, differentiable_from, explicit_attention
 from .encoder import Encoder
 from .folder import write_weights
 from .hub import closest, quiet_libraries, unavailable
@@ -164,6 +165,35 @@ class OpenCLIPEncoder(Encoder):
         if class_token is not None:
             content = nn.functional.pad(content, (0, 1))
         return pooled, [TokenStates(found[layer], content, class_token) for layer in layers]
+
+    def attend_texts(self, texts: Sequence[str], layers: int | None = None) -> AttendedTexts:
+        """Features of texts with the attention of the last `layers` layers, all by default; see `AttendedTexts`.
+
+        Raises:
+            InputError: the tower is not causal, or its features are not those of an end token.
+        """
+        tower, blocks = self._text_tower(), self._text_blocks()
+        pooling = getattr(self.model, "text_pool_type", None) or getattr(tower, "pool_type", None)
+        attention: list[Any] = [getattr(block, "attn", None) for block in blocks]
+        if getattr(tower, "cls_emb", None) is not None:
+            raise attention_undefined(self, "it appends a class token, as CoCa's does")
+        if getattr(tower, "attn_mask", None) is None or pooling not in ("argmax", "eos"):
+            raise attention_undefined(self, "it is not causal, or its features are of no end token")
+        if not all(isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim for layer in attention):
+            raise attention_undefined(self, "its attention is of another kind")
+        end_token = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        first = 0 if layers is None else max(0, len(blocks) - layers)
+        with differentiable_from(blocks[first]), explicit_attention(attention[first:]) as found:
+            tokens = self.tokenizer(list(texts)).to(self.device)
+            features = self.model.encode_text(tokens, normalize=False)
+        end = tokens.argmax(dim=1) if pooling == "argmax" else (tokens == end_token).int().argmax(dim=1)
+        return AttendedTexts(features, found, end, (end == tokens.shape[1] - 1).tolist())
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has, without those that begin and end it."""
+        if hasattr(self.tokenizer, "encode"):
+            return len(self.tokenizer.encode(text))
+        return len(self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text_tower(self) -> Any:
         return getattr(self.model, "text", self.model)

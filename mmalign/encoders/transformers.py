@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError, reason_of
 from ..fingerprint import token_probe
 from ..imaging import ImagePreprocessing
+from .attention import AttendedTexts, attention_undefined, differentiable_from, kept_attention
 from .encoder import Encoder
 from .hub import cached_repositories, quiet_libraries, unavailable
 from .states import TokenStates, block_list, tapped
@@ -152,6 +153,37 @@ class TransformersEncoder(_WithTokenizer):
             pooled = _tensor(self.model.get_text_features(**self._inputs(tokens)))
         content = tokens["attention_mask"].to(self.device).bool()
         return pooled, [TokenStates(found[layer], content) for layer in layers]
+
+    def attend_texts(self, texts: Sequence[str], layers: int | None = None) -> AttendedTexts:
+        """Features of texts with the attention of the last `layers` layers, all by default; see `AttendedTexts`.
+
+        Raises:
+            InputError: SigLIP, whose text tower is not causal; or the attention gives no probabilities.
+        """
+        if self.is_siglip:
+            raise attention_undefined(self, "SigLIP's is not causal, and pads with tokens that count")
+        blocks, tower = self._blocks("text"), self.model.text_model
+        first = 0 if layers is None else max(0, len(blocks) - layers)
+        attention: list[Any] = [block.self_attn for block in blocks[first:]]
+        usual = tower.config._attn_implementation
+        tower.set_attn_implementation("eager")  # the others compute no probabilities
+        try:
+            with differentiable_from(blocks[first]), kept_attention(attention) as found:
+                tokens = self.tokenize(texts)
+                features = _tensor(self.model.get_text_features(**tokens))
+        finally:
+            tower.set_attn_implementation(usual)
+        probabilities = [tensor for tensor in found if tensor is not None]
+        if len(probabilities) < len(attention):
+            raise attention_undefined(self, "transformers gave no probabilities though asked for attention 'eager'")
+        ids, end_token = tokens["input_ids"], self.model.config.text_config.eos_token_id
+        # 2 stands in old configurations, and means the highest number.
+        end = ids.argmax(dim=1) if end_token == 2 else (ids == end_token).int().argmax(dim=1)
+        return AttendedTexts(features, probabilities, end, (end == self.context_length - 1).tolist())
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has, without those that begin and end it."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _blocks(self, modality: str) -> Sequence[nn.Module]:
         tower = self.model.vision_model if modality == "image" else self.model.text_model
