@@ -11,6 +11,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .data import CheckedData, check_data
+    from .diversity import compare_prompts, diversity_prompts, measure_diversity
     from .export import export_lora
     from .images import GeneratedImage, read_settings
     from .lora import add_lora
@@ -70,6 +71,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "data": ["CheckedData", "check_data"],
+        "diversity": ["compare_prompts", "diversity_prompts", "measure_diversity"],
         "export": ["export_lora"],
         "images": ["GeneratedImage", "read_settings"],
         "lora": ["add_lora"],

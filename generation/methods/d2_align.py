@@ -121,7 +121,12 @@ class D2AlignTrainer(RewardGradientTrainer):
                 fitted.save(file)
         self.accelerator.wait_for_everyone()
         direction = RewardDirection.load(file)
-        if direction.gap < 0.5 * direction.gap_without:
+        if direction.gap_without <= 0:
+            self.warn(
+                "the reward does not tell matched from mismatched prompts of the model's images (gap "
+                f"{direction.gap_without:.3g}), so a direction has nothing to keep; train with a reward that does"
+            )
+        elif direction.gap < 0.5 * direction.gap_without:
             self.warn(
                 f"the direction ({direction.norm:.2f} long) leaves {direction.gap:.3g} of the gap of "
                 f"{direction.gap_without:.3g} between matched and mismatched prompts: the reward forgets the prompt; "

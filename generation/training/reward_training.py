@@ -49,9 +49,9 @@ class RewardConfig(RunConfig):
 
     presets: ClassVar[Mapping[str, Preset]] = REWARD_PRESETS
     data_kinds: ClassVar[str] = """prompts, one a line, or JSON lines with `prompt` or `caption`."""
-    explanation: ClassVar[str] = """--reward and --held-out-reward take what `mmalign score --reward` takes. Watch the
-probe: images of held-out prompts, drawn again and again from the same noise. A
-run that raises its reward while held-out rewards or diversity fall says so."""
+    explanation: ClassVar[str] = """--reward and --held-out-reward take what `mmalign score --list` lists. Watch
+the probe: images of held-out prompts, drawn again from the same noise. A run
+that raises its reward while held-out rewards or diversity fall says so."""
     example: ClassVar[str] = "PROMPTS OUTPUT --reward hps-v2.1"
 
     reward: Texts = setting([], "What to raise, as SPEC or SPEC=WEIGHT; may repeat, for a weighted sum.")

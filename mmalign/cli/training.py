@@ -180,7 +180,7 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
     if config.adaptation == "lora" and len(report.exported) == 1:
         say("no kohya file: DoRA, LoRAs outside attention blocks, SD3 and FLUX have the diffusers format only")
     for name in report.first_look if isinstance(config, RewardConfig) else ():
-        if name in report.values and not name.endswith("_std"):
+        if name in report.values and not name.endswith(("_std", "_held_out")):
             words = name.removeprefix("probe_").replace("_", " ")
             say(f"probe: {words} {report.first_look[name]:.4g} -> {report.values[name]:.4g}")
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
