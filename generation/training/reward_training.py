@@ -144,7 +144,7 @@ class RewardTrainer(Trainer):
         """Prompts first, as that is cheap and fails early; then rewards, the model, and embeddings."""
         config, device = self.config, self.accelerator.device
         prompts, self.probe_prompts = self._split_prompts()
-        self.reward = as_reward(self._given) if self._given is not None else load_rewards(config.reward, device=device)
+        self.reward = as_reward(self._given) if self._given is not None else self._loaded(config.reward)
         self.held_out = self._load_held_out()
         pipeline = self.load_pipeline()
         encoder = PromptEncoder(pipeline, device)
@@ -289,12 +289,17 @@ class RewardTrainer(Trainer):
             raise InputError(f"{config.data!r} holds no prompt to train on (beside those held out); add some")
         return prompts, held_out[: config.probe_size]
 
+    def _loaded(self, specs: str | Sequence[str]) -> Reward:
+        device = self.accelerator.device
+        # On a CPU "auto" takes the precision that a timed pass finds faster: not always the same.
+        return load_rewards(specs, device=device, dtype="auto" if device.type == "cuda" else "float32")
+
     def _load_held_out(self) -> dict[str, Reward]:
         if self._given_held_out is not None:
             return {name: as_reward(reward) for name, reward in self._given_held_out.items()}
         found: dict[str, Reward] = {}
         for spec in self.config.held_out_reward:
-            reward = load_rewards(spec, device=self.accelerator.device)
+            reward = self._loaded(spec)
             found[reward.name if reward.name not in found else spec] = reward
         if any(reward.fingerprint and reward.fingerprint == self.reward.fingerprint for reward in found.values()):
             raise InputError("a held-out reward is the one that is trained on; give another (--held-out-reward)")

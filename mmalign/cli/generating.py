@@ -12,7 +12,7 @@ from mmalign.errors import InputError
 
 from .options import Device, print_paths, say
 
-__all__ = ["generate"]
+__all__ = ["generate", "refuse_grid"]
 
 
 def generate(
@@ -85,7 +85,7 @@ def generate(
     if adapter_weight and not adapter:
         raise InputError("--adapter-weight is given without an --adapter; give one, or leave the weight out")
     if grid is not None:
-        _refuse_grid(grid)
+        refuse_grid(grid)
     from generation import generate_each
     from generation.pipelines import DEFAULT_MODEL
 
@@ -121,7 +121,7 @@ def generate(
         _draw_grid(drawn, images_per_prompt, grid)
 
 
-def _refuse_grid(grid: Path) -> None:
+def refuse_grid(grid: Path) -> None:
     """Before hours of drawing, what would only be found after them."""
     from PIL import Image
 

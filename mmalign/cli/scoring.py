@@ -12,7 +12,7 @@ import typer
 
 from mmalign.errors import InputError
 
-from .generating import _refuse_grid
+from .generating import refuse_grid
 from .options import PARTIAL, Device, Grid, Quiet, say
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def score(
     if out is not None:
         refuse_suffix(out)
     if grid is not None:
-        _refuse_grid(grid)
+        refuse_grid(grid)
     captions = _captions(prompts) if prompts is not None else None
     files, problems = _files(images or [])
     if not images and captions is not None:

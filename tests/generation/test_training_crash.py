@@ -79,14 +79,22 @@ def test_runs_killed_at_random_moments_end_as_the_undisturbed_one(server, photo_
     assert kills >= 9
 
 
-def test_two_processes_train_what_one_does_with_twice_the_accumulation(photo_pairs, tmp_path):
+@pytest.mark.parametrize("method", ["mapo", "draft"])
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(method, photo_pairs, tmp_path):
+    """`draft` calls the network through a pipeline, past the wrapper that averages gradients."""
     options = ["--model", "tiny:sdxl", "--resolution", "64", "--steps", "4", "--rank", "4", "--learning-rate", "1e-3"]
     options += ["--batch-size", "1", "--checkpoint-every", "2", "--probe-size", "2", "--device", "cpu", "--quiet"]
+    data = photo_pairs
+    if method == "draft":
+        data = tmp_path / "prompts.txt"
+        data.write_text("".join(f"a {thing}\n" for thing in ("dog", "boat", "cup", "tree", "fish")))
+        options += ["--reward", "redness", "--held-out-reward", "jpeg-incompressibility", "--sampling-steps", "3"]
+        options += ["--gradient-steps", "last:2", "--probe-images", "2"]
     one = [sys.executable, "-m", "mmalign.cli"]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmalign.cli"]
     for command, name, accumulation in ((one, "one", "2"), (two, "two", "1")):
         output = str(tmp_path / name / "run")
-        line = [*command, "train", "mapo", str(photo_pairs), output, *options, "--accumulation", accumulation]
+        line = [*command, "train", method, str(data), output, *options, "--accumulation", accumulation]
         done = subprocess.run(
             line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
         )
