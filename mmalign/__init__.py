@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .layer_selection import layer_scores
     from .spherical_interpolation import interpolate_queries, padded_procrustes
     from .structure import structure_loss
+    from .word_attribution import calibrate_eps, f_clip_score, word_attribution
 
 __getattr__, __dir__, _names = lazy_loader.attach(
     __name__,
@@ -43,6 +44,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
         "layer_selection": ["layer_scores"],
         "spherical_interpolation": ["interpolate_queries", "padded_procrustes"],
         "structure": ["structure_loss"],
+        "word_attribution": ["calibrate_eps", "f_clip_score", "word_attribution"],
     },
 )
 

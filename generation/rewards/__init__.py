@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .reward import AnyReward, Reward, as_reward
     from .scoring import ScoredImage, ScoreTable, score_files
     from .weighted_sum import WeightedSum
+    from .word_influence import WordInfluence, word_influence
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -47,5 +48,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "reward": ["AnyReward", "Reward", "as_reward"],
         "scoring": ["ScoreTable", "ScoredImage", "score_files"],
         "weighted_sum": ["WeightedSum"],
+        "word_influence": ["WordInfluence", "word_influence"],
     },
 )
