@@ -87,18 +87,18 @@ def _parsed(form: str, total: int) -> tuple[str, Sequence[float]]:
             mask = [int(part) for part in form.split(",")]
             if not set(mask) <= {0, 1}:
                 raise ValueError(form)
-            if not any(mask):
-                raise InputError(f"gradient_steps {form!r} leaves no step a gradient, so nothing would be trained")
-            return "mask", mask
-        whole = {"uniform": [1.0, float(total)], "one": [0.0, float(total - 1)]}
-        numbers = [float(part) for part in rest.split(":")] if rest else whole.get(kind, [])
+            kind, numbers = "mask", [float(entry) for entry in mask]
+            counts["mask"] = len(mask)
+        else:
+            whole = {"uniform": [1.0, float(total)], "one": [0.0, float(total - 1)]}
+            numbers = [float(part) for part in rest.split(":")] if rest else whole.get(kind, [])
         if kind != "normal" and any(number != int(number) for number in numbers):
             raise ValueError(form)
     except ValueError:
         raise InputError(f"gradient_steps is {form!r}; give one of {_FORMS}") from None
     if len(numbers) != counts[kind]:
         raise InputError(f"gradient_steps is {form!r}; give one of {_FORMS}")
-    if kind == "last" and numbers[0] < 1:
+    if (kind == "last" and numbers[0] < 1) or (kind == "mask" and not any(numbers)):
         raise InputError(f"gradient_steps {form!r} leaves no step a gradient, so nothing would be trained")
     if kind in ("uniform", "one") and not 0 <= numbers[0] <= numbers[1]:
         raise InputError(f"gradient_steps {form!r} goes from {numbers[0]:g} to {numbers[1]:g}; give the lower first")

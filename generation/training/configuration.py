@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -70,15 +69,15 @@ def setting(default: Any, text: str, *, panel: str = "", fixed: bool = True, **l
     method's own by default.
     """
     # pydantic copies a list for each config
-    return Field(default=default, description=text, json_schema_extra={"fixed": fixed, "panel": panel}, **limits)
+    about = {"fixed": fixed, "panel": panel, "limits": limits}
+    return Field(default=default, description=text, json_schema_extra=about, **limits)
 
 
 def inherited(kind: type[RunConfig], name: str, default: Any) -> Any:
     """The setting of this name as another config has it, with another default."""
-    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
-    about: Any = copy.copy(field.default)
-    about.default = default
-    return about
+    about: Any = next(field.default for field in dataclasses.fields(kind) if field.name == name)
+    made: dict[str, Any] = about.json_schema_extra
+    return setting(default, about.description, panel=made["panel"], fixed=made["fixed"], **made["limits"])
 
 
 @dataclass_transform(kw_only_default=True)

@@ -315,3 +315,26 @@ def test_one_validation_prompt_need_not_be_in_a_list(write: Write) -> None:
 def test_a_dry_run_of_a_folder_is_of_its_family(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     assert dry_run_of(MaPOConfig(model=tmp_path)).model == "tiny:sd3"
+
+
+def test_methods_on_rewards_differ_by_their_published_settings() -> None:
+    """shared/methods/alignprop.md, sections 2 and 5; d2-align.md, section 5."""
+    made: dict[str, Any] = {name: METHODS[name].config_class() for name in METHODS}
+    steps = {name: config.gradient_steps for name, config in made.items() if hasattr(config, "gradient_steps")}
+    assert steps == {
+        "alignprop": "uniform", "draft": "last:1", "draft-lv": "last:1", "refl": "one:30:39", "direct-align": "one",
+        "d2-align": "one",
+    }  # fmt: skip
+    inputs = {name: made[name].reward_input for name in steps}
+    assert inputs == {
+        "alignprop": "sample", "draft": "sample", "draft-lv": "renoise", "refl": "estimate",
+        "direct-align": "direct-align", "d2-align": "direct-align",
+    }  # fmt: skip
+    assert (made["alignprop"].rank, made["alignprop"].learning_rate, made["alignprop"].guidance) == (4, 1e-3, 7.5)
+    assert (made["alignprop"].sampling_steps, made["alignprop"].eta, made["alignprop"].sampler) == (50, 0.0, "ddim")
+    assert (made["refl"].sampling_steps, made["refl"].guidance, made["refl"].input_grad) == (40, 1.0, False)
+    d2 = made["d2-align"]
+    assert (d2.omega, d2.direction_steps, d2.direction_lr, d2.max_grad_norm) == (1.5, 3000, 5e-6, 0.1)
+    assert (d2.sampling_steps, d2.guidance, d2.accumulation, d2.weight_decay) == (25, 1.0, 2, 1e-4)
+    with pytest.raises(InputError, match="rank is 0"):
+        METHODS["alignprop"].config_class(rank=0)  # limits are inherited with the default changed
