@@ -17,6 +17,7 @@ import typer
 from mmalign.errors import InputError, MMAlignError, reason_of
 
 from .aligning import align, eval_captions, eval_zero_shot
+from .best import best
 from .data import data_app
 from .diversity import eval_diversity, eval_diversity_prompts
 from .fine_tuning import train_oca
@@ -48,7 +49,7 @@ app = typer.Typer(
 app.add_typer(
     index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
 )
-for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate, score):
+for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate, best, score):
     app.command()(_command)
 train_app.command("oca", cls=MethodCommand)(train_oca)
 app.add_typer(train_app, name="train")
