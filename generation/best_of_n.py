@@ -198,7 +198,8 @@ def best_of_n(
             last one, in equal ratios before.
         scorer: of estimated latents, in place of the reward on decoded pixels: a `LatentScorer` for this model, reward
             and `check_at`, or a callable of latents (n channels h w) and prompts.
-        preview_scale: 2 averages latents 2 x 2 before they are decoded for a check, a quarter of that work.
+        preview_scale: 2 averages latents 2 x 2 before they are decoded for a check, a quarter of that work. Whether a
+            VAE shows small what it shows large has to be tried: that of the tiny models, of random weights, does not.
         rounds: 2 and more draw `n` more images each, with the prompt that `revise` makes. Seeds count on.
         revise: takes a `RevisionRequest` and returns the next prompt, or `None` to end; for example
             `emphasise_misaligned`. Scores stay those of the original prompt.
@@ -227,12 +228,7 @@ def best_of_n(
         at_least(name, value)
     at_least("batch_size", batch_size)
     plan = _plan(check_at, survivors, n, keep)
-    if scorer is not None and not plan:
-        raise InputError("a scorer is given but check_at is None; give check_at, such as 0.4, or leave it out")
-    if rounds > 1 and revise is None:
-        raise InputError(f"rounds is {rounds} without revise; give one, such as emphasise_misaligned, or a larger n")
-    if revise is not None and rounds == 1:
-        raise InputError("revise is given but rounds is 1; give rounds 2 or more")
+    _refuse_misfits(plan, scorer, rounds, revise)
     requests = plan_requests(prompt, negative_prompt=negative_prompt, images_per_prompt=n * rounds, seed=seed)
     if len({request.seed for request in requests}) < len(requests):
         raise InputError("some seeds are equal, and so would be their images; give different ones")
@@ -240,7 +236,6 @@ def best_of_n(
     if out is not None:
         refuse_folder(Path(out))
     judge = _judge(reward, device)
-    misalignments = misalignments or partial(misaligned_words, judge)
     pipeline = load_pipeline(model, device=device, dtype=dtype, unet=unet)
     if pipeline is not model:
         pipeline.vae.enable_slicing()
@@ -271,21 +266,7 @@ def best_of_n(
             settings=settings,
             advance=advance,
         )
-        drawn, prompts = prompt, [prompt]
-        for round in range(1, rounds + 1):
-            found = search.round(round, [replace(one, prompt=drawn) for one in requests[(round - 1) * n : round * n]])
-            if round == rounds or revise is None:
-                break
-            image = search.best[0][1]
-            words = misalignments(image.image, prompt)
-            scores = sorted((one.score for one in found if one.score is not None), reverse=True)
-            revised = revise(RevisionRequest(prompt, drawn, round, image, scores, words))
-            if revised is None:
-                break
-            if not isinstance(revised, str):
-                raise InputError(f"revise returned {revised!r}; it must return a prompt, or None to end")
-            drawn = revised
-            prompts.append(drawn)
+        prompts = search.rounds(requests, n, revise, misalignments or partial(misaligned_words, judge))
     images = [image for _, image in search.best]
     if out is not None:
         images = [_saved(image, Path(out), rank) for rank, image in enumerate(images)]
@@ -339,6 +320,27 @@ class _Search:
     advance: Advance
     best: list[tuple[float, GeneratedImage]] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
+
+    def rounds(
+        self, requests: Sequence[ImageRequest], n: int, revise: Revise | None, misalignments: Misalignments
+    ) -> list[str]:
+        """Rounds of `n` requests until there are no more or `revise` ends them; returns the prompt of each."""
+        prompts = [self.prompt]
+        for start in range(0, len(requests), n):
+            drawn, number = prompts[-1], len(prompts)
+            found = self.round(number, [replace(request, prompt=drawn) for request in requests[start : start + n]])
+            if revise is None or start + n == len(requests):
+                break
+            image = self.best[0][1]
+            scores = sorted((one.score for one in found if one.score is not None), reverse=True)
+            words = misalignments(image.image, self.prompt)
+            revised = revise(RevisionRequest(self.prompt, drawn, number, image, scores, words))
+            if revised is None:
+                break
+            if not isinstance(revised, str):
+                raise InputError(f"revise returned {revised!r}; it must return a prompt, or None to end")
+            prompts.append(revised)
+        return prompts
 
     def round(self, number: int, requests: Sequence[ImageRequest]) -> list[Candidate]:
         """Draw, drop, finish; returns the candidates of this round."""
@@ -421,6 +423,17 @@ def _plan(
         if count > before:
             raise InputError(f"survivors is {count} of {before} that are left; give {before} or less")
     return [(float(share), int(count)) for share, count in zip(shares, counts, strict=True)]
+
+
+def _refuse_misfits(
+    plan: Sequence[tuple[float, int]], scorer: Scorer | None, rounds: int, revise: Revise | None
+) -> None:
+    if scorer is not None and not plan:
+        raise InputError("a scorer is given but check_at is None; give check_at, such as 0.4, or leave it out")
+    if rounds > 1 and revise is None:
+        raise InputError(f"rounds is {rounds} without revise; give one, such as emphasise_misaligned, or a larger n")
+    if revise is not None and rounds == 1:
+        raise InputError("revise is given but rounds is 1; give rounds 2 or more")
 
 
 def _checks(plan: Sequence[tuple[float, int]], total: int) -> list[tuple[int, int]]:
