@@ -85,9 +85,9 @@ def joined(generator: Path, out: Path) -> Encoder:
         data = Path(__file__).parent.parent / "tests" / "data" / "drawings.zip"
         with zipfile.ZipFile(data) as archive:
             archive.extractall(out / "drawings")
-        drawn = set(read_prompts(generator / "concepts.txt"))
-        rows, root = read_captioned(out / "drawings" / "emoji" / "captions.jsonl")
-        rows = [row for row in rows if row.captions[0] not in drawn]
+        drawn = " ".join(read_prompts(generator / "concepts.txt"))
+        rows, root = read_captioned(out / "drawings")
+        rows = [row for row in rows if row.captions[0].partition(":")[0] not in drawn]
         image_encoder, text_encoder = (load_encoder(f"bundled:{side}", device="cpu") for side in ("image", "text"))
         x = extract_features(image_encoder, [root / row.file for row in rows], cache=out / "features", progress=True)
         y = extract_features(text_encoder, [row.captions[0] for row in rows], cache=out / "features", progress=True)

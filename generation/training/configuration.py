@@ -69,7 +69,7 @@ def setting(default: Any, text: str, *, panel: str = "", fixed: bool = True, **l
     method's own by default.
     """
     # pydantic copies a list for each config
-    about = {"fixed": fixed, "panel": panel, "limits": limits}
+    about: Any = {"fixed": fixed, "panel": panel, "limits": limits}
     return Field(default=default, description=text, json_schema_extra=about, **limits)
 
 
