@@ -1,6 +1,8 @@
 """What early rejection saves in best-of-N, and what it costs: by when the worst are dropped, as a Markdown table.
 
     python scripts/bench_best_of_n.py                            the tiny SDXL, an encoder's cosine and JPEG size
+    python scripts/drawing_generator.py DRAWINGS                 a trained miniature, then:
+    python scripts/bench_best_of_n.py --model DRAWINGS --prompts DRAWINGS/concepts.txt --device cpu
     python scripts/bench_best_of_n.py --model MODEL --device cuda --rewards pickscore hps-v2.1 --prompts my-prompts.txt
 
 For each prompt all N images are drawn to the end, with a score at each check, so that the correlation of early and
@@ -12,6 +14,7 @@ compared. Means over prompts:
 - Spearman: of early and final scores, all N.
 - regret: best final score of all N minus that of the image kept, in standard deviations of the N final scores.
 - best kept: how often these are the same image.
+- fewer seeds: what as many denoiser calls bring without any check, on fewer than N images; what a check has to beat.
 
 The tiny model has random weights. Its pictures mean nothing, so that the table shows what is saved, and that early
 scores foresee final ones as far as sampling itself allows; how well a trained model's do has to be measured with it.
@@ -23,6 +26,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +90,10 @@ def bench(arguments: argparse.Namespace) -> None:
         reward = load_rewards(name, device=arguments.device)
         full = [full_run(pipeline, prompt, reward, checks, arguments) for prompt in prompts]
         print(f"**{name}**\n")
-        print("| check_at | early score | saved | Spearman, all N | regret, std | best kept |")
-        print("|---|---|---|---|---|---|")
+        print(
+            "| check_at | early score | saved | Spearman, all N | regret, std | best kept | fewer seeds: regret, kept |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for column, check in enumerate(checks):
             print(row(f"{check:g}", "decoded estimate", saving(check, survivors, arguments), full, column, survivors))
         half = [full_run(pipeline, prompt, reward, [DEFAULT_CHECK], arguments, preview_scale=2) for prompt in prompts]
@@ -107,9 +113,6 @@ def bench(arguments: argparse.Namespace) -> None:
             learnt = [full_run(pipeline, p, reward, [DEFAULT_CHECK], arguments, scorer=scorer) for p in prompts]
             about = f"latent scorer of {scorer.images} images"
             print(row(f"{DEFAULT_CHECK:g}", about, saved, learnt, 0, survivors))
-        print(
-            row("any", "random", None, [shuffled(scores, number) for number, scores in enumerate(full)], 0, survivors)
-        )
         print(f"\n{as_used(pipeline, prompts, reward, full, place, survivors, arguments)}\n", flush=True)
 
 
@@ -143,33 +146,43 @@ def full_run(
     return Scores(early, np.array([one.score for one in found.candidates]), [one.seed for one in found.candidates])
 
 
-def shuffled(scores: Scores, seed: int, times: int = 400) -> Scores:
-    """The same images many times over, each time with early scores of chance; `row` takes the means."""
-    random = np.random.default_rng(seed)
-    return Scores(random.standard_normal((len(scores.final), times)), scores.final, scores.seeds)
-
-
 def saving(check: float, survivors: int, arguments: argparse.Namespace) -> float:
     """Share of the denoiser's calls, where the scheduler takes as many steps as asked for."""
     share = min(max(round(check * arguments.steps), 1), arguments.steps - 1) / arguments.steps
     return (1 - share) * (1 - survivors / arguments.n)
 
 
-def row(check: str, early: str, saved: float | None, runs: Sequence[Scores], column: int, survivors: int) -> str:
-    """A line of the table; scores of chance have many columns, over all of which the mean is taken."""
+def row(check: str, early: str, saved: float, runs: Sequence[Scores], column: int, survivors: int) -> str:
+    """A line of the table."""
     from scipy.stats import spearmanr
 
-    columns = range(runs[0].early.shape[1]) if early == "random" else [column]
     correlations, regrets, hits = [], [], []
     for scores in runs:
-        for number in columns:
-            kept = scores.final[scores.kept(number, survivors)]
-            correlations.append(float(spearmanr(scores.early[:, number], scores.final).statistic))
-            regrets.append((scores.final.max() - kept) / scores.final.std())
-            hits.append(kept == scores.final.max())
-    cells = [check, early, "" if saved is None else f"{saved:.1%}"]
-    cells += [f"{np.mean(correlations):.3f}", f"{np.mean(regrets):.3f}", f"{np.mean(hits):.0%}"]
+        kept = scores.final[scores.kept(column, survivors)]
+        correlations.append(float(spearmanr(scores.early[:, column], scores.final).statistic))
+        regrets.append((scores.final.max() - kept) / scores.final.std())
+        hits.append(kept == scores.final.max())
+    regret, hit = np.mean([fewer_seeds(scores.final, 1 - saved) for scores in runs], axis=0)
+    cells = [check, early, f"{saved:.1%}", f"{np.mean(correlations):.3f}", f"{np.mean(regrets):.3f}"]
+    cells += [f"{np.mean(hits):.0%}", f"{regret:.3f}, {hit:.0%}"]
     return f"| {' | '.join(cells)} |"
+
+
+def fewer_seeds(final: np.ndarray, share: float) -> np.ndarray:
+    """Expected regret of the best of a share of the images, and how often it is the best of all.
+
+    The place r of the best of k out of n, from 0, has the probability C(n - r - 1, k - 1) / C(n, k). Between whole
+    numbers k it is interpolated.
+    """
+    n, wanted = len(final), share * len(final)
+    below = (final.max() - np.sort(final)[::-1]) / final.std()
+
+    def of(count: int) -> np.ndarray:
+        chances = np.array([comb(n - place - 1, count - 1) / comb(n, count) for place in range(n)])
+        return np.array([chances @ below, chances[0]])
+
+    whole = max(int(wanted), 1)
+    return of(whole) + (wanted - whole) * (of(min(whole + 1, n)) - of(whole))
 
 
 def as_used(

@@ -88,35 +88,50 @@ def corner(images: Sequence[Tensor], prompts: Sequence[str]) -> list[float]:
     return [float(image[0, 5, 5]) for image in images]
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_early_scores_are_of_the_one_step_estimate(family: str) -> None:
-    """By hand, from latents before and after an Euler step: both samplers go along the line to x_0."""
+    """By hand, from the plain pipeline's latents and what its network said: x - sigma times a part of the guidance."""
     pipeline = load_pipeline(f"tiny:{family}", device="cpu")
     found = run(pipeline, reward=corner, n=3, check_at=0.4, survivors=3)
     latents: list[Tensor] = []
+    said: list[Tensor] = []
 
     def keep(_: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         latents.append(tensors["latents"])
         return tensors
 
+    network = pipeline.unet if family == "sdxl" else pipeline.transformer
+    network.register_forward_hook(lambda module, inputs, output: said.append(output[0]))
     pipeline.set_progress_bar_config(disable=True)
     pipeline(
         [PROMPT] * 3,
         num_inference_steps=5,
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4, 5)],
+        height=64,
+        width=64,
         callback_on_step_end=keep,
         output_type="latent",
     )
-    sigmas = pipeline.scheduler.sigmas
-    slope = (latents[1] - latents[0]) / (sigmas[2] - sigmas[1])
-    estimate = latents[0] - sigmas[1] * slope
-    config = pipeline.vae.config
-    with torch.no_grad():
-        decoded = pipeline.vae.decode(estimate / config.scaling_factor + (config.shift_factor or 0)).sample
-    early = corner([*(decoded / 2 + 0.5).clamp(0, 1)], [])
-    assert [one.early[0] for one in found.candidates] == pytest.approx(early, abs=1e-4)
-    finished = [one.score for one in found.candidates]
-    assert np.abs(np.subtract(early, finished)).max() > 1e-2
+
+    def scored(guidance: float) -> list[float]:
+        prediction = said[1]
+        if family != "flux":
+            unconditional, conditional = prediction.chunk(2)
+            scale = {"sdxl": 5.0, "sd3": 7.0}[family]
+            guided = unconditional + scale * (conditional - unconditional)
+            prediction = conditional + guidance * (guided - conditional)
+        estimate = latents[0] - pipeline.scheduler.sigmas[1] * prediction
+        if family == "flux":
+            estimate = pipeline._unpack_latents(estimate, 64, 64, pipeline.vae_scale_factor)
+        config = pipeline.vae.config
+        with torch.no_grad():
+            decoded = pipeline.vae.decode(estimate / config.scaling_factor + (config.shift_factor or 0)).sample
+        return corner([*(decoded / 2 + 0.5).clamp(0, 1)], [])
+
+    early = [one.early[0] for one in found.candidates]
+    assert early == pytest.approx(scored(0.4), abs=5e-5)
+    for other in [scored(1.0)] * (family != "flux") + [[one.score for one in found.candidates]]:
+        assert np.abs(np.subtract(early, other)).max() > 1e-3
 
 
 def test_the_worst_of_all_batches_are_dropped_at_each_check(tiny_sdxl: Any) -> None:

@@ -224,12 +224,12 @@ def test_is_used_for_what_it_was_fitted_to_alone(plain_vae: Any, scorer: LatentS
         use(height=80)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_every_family(family: str) -> None:
+@pytest.mark.parametrize("family", [family for family in TINY_FAMILIES if family != "sdxl"])
+def test_every_other_family(family: str) -> None:
     pipeline = load_pipeline(f"tiny:{family}", device="cpu")
     options = {"images_per_prompt": 4, "steps": 2, "check_at": 0.5, "batch_size": 8}
     made = fit_latent_scorer(pipeline, redness, ["a dog", "a cat"], **options)
-    if family == "sdxl":
+    if family == "flux":
         again = fit_latent_scorer(pipeline, redness, ["a dog", "a cat"], **options)
         assert torch.equal(made.weights, again.weights)
     vectors = torch.stack([prompt_vector(pipeline, text) for text in ("a dog", "a cat")])
