@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 
@@ -61,8 +63,10 @@ def draw_gradient_steps(form: str, total: int, generator: torch.Generator) -> li
         count = low + int(torch.randint(high - low + 1, (), generator=generator))
     else:
         mean, std = numbers
-        if not -4 * std <= mean - (total + 1) / 2 <= 4 * std and not 1 <= mean <= total:
-            raise InputError(f"gradient_steps {form!r} draws hardly a number from 1 to {total}; give another mean")
+        if _usable(mean, std, total) < 0.01:  # or the loop below would not end
+            raise InputError(
+                f"gradient_steps {form!r} draws hardly a number from 1 to {total}; give another mean or deviation"
+            )
         count = 0
         while not 1 <= count <= total:
             count = round(float(torch.randn((), generator=generator)) * std + mean)
@@ -92,7 +96,7 @@ def _parsed(form: str, total: int) -> tuple[str, Sequence[float]]:
         else:
             whole = {"uniform": [1.0, float(total)], "one": [0.0, float(total - 1)]}
             numbers = [float(part) for part in rest.split(":")] if rest else whole.get(kind, [])
-        if kind != "normal" and any(number != int(number) for number in numbers):
+        if not all(math.isfinite(number) and (kind == "normal" or number == int(number)) for number in numbers):
             raise ValueError(form)
     except ValueError:
         raise InputError(f"gradient_steps is {form!r}; give one of {_FORMS}") from None
@@ -107,6 +111,14 @@ def _parsed(form: str, total: int) -> tuple[str, Sequence[float]]:
     if kind == "normal" and numbers[1] < 0:
         raise InputError(f"gradient_steps {form!r} has a standard deviation below 0; give one of {_FORMS}")
     return kind, numbers
+
+
+def _usable(mean: float, std: float, total: int) -> float:
+    """How likely a normal number is, rounded, one from 1 to `total`."""
+    if std == 0:
+        return float(1 <= round(mean) <= total)
+    normal = NormalDist(mean, std)
+    return normal.cdf(total + 0.5) - normal.cdf(0.5)
 
 
 def _refuse_beyond(form: str, needed: int, total: int) -> None:

@@ -43,6 +43,8 @@ def test_normal_truncation_stays_within_the_run() -> None:
     assert set(found) == set(range(1, 11))
     assert found[8] > found[2]
     assert set(lengths(drawn("normal:3:0", 10, 20))) == {3}
+    # One of 25 draws is in the run; K is then as good as uniform.
+    assert set(lengths(drawn("normal:2:40", 4, 60))) == {1, 2, 3, 4}
 
 
 def test_one_step_anywhere_or_within_bounds() -> None:
@@ -74,6 +76,13 @@ def test_independent_steps_have_the_marginals_of_the_released_code() -> None:
         ("0,1", "has 2 entries for 4 steps"),
         ("one:3:1", "give the lower first"),
         ("normal:40:1", "draws hardly a number from 1 to 4"),
+        ("normal:1e9:1e9", "draws hardly a number from 1 to 4"),
+        ("normal:2:1e9", "draws hardly a number from 1 to 4"),
+        ("normal:0:0", "draws hardly a number from 1 to 4"),
+        *(
+            (form, "give one of")
+            for form in ("last:inf", "last:nan", "uniform:1:inf", "one:0:inf", "normal:2:inf", "normal:2:nan")
+        ),
         ("normal:2:-1", "below 0"),
         *(
             (form, "give one of")
