@@ -71,10 +71,22 @@ def test_prompts_that_are_not_there(command_line: Callable[..., Any], tmp_path: 
 
 def test_prompts_are_read_from_lines_and_from_json(prompts: Path, tmp_path: Path) -> None:
     assert read_prompts(prompts) == ["a red dog", "a blue boat", "a small cup"]
+    prompts.write_bytes("a red\u2028dog\r\na\x0bboat\n".encode())
+    assert read_prompts(prompts) == ["a red\u2028dog", "a\x0bboat"]
+    prompts.write_bytes(b"")
+    assert read_prompts(prompts) == []
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"prompt": "a"}\n\n{"caption": " b "}\n{"captions": ["c", "d"]}\n', encoding="utf-8")
     assert read_prompts(lines) == ["a", "b", "c"]
-    for text, message in (('{"prompt": "a"}\n{"text": 1}', "line 2 has no text"), ("a", "line 1 is not JSON")):
+    lines.write_bytes('{"captions": "a dog"}\r\n{"prompt": "a\u2028b\u0085c"}\r\n'.encode())
+    assert read_prompts(lines) == ["a dog", "a\u2028b\u0085c"]
+    for text, message in (
+        ('{"prompt": "a"}\n{"text": 1}', "line 2 has no text"),
+        ('{"captions": 5}', "line 1 has no text"),
+        ('{"captions": []}', "line 1 has no text"),
+        ('{"captions": {"en": "a"}}', "line 1 has no text"),
+        ("a", "line 1 is not JSON"),
+    ):
         lines.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=message):
             read_prompts(lines)
