@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.errors import InputError
 
-__all__ = ["Level", "NoiseLevels", "ddim_like"]
+__all__ = ["Level", "NoiseLevels", "ddim_like", "plain_scheduler"]
 
 
 class Level(NamedTuple):
@@ -45,27 +45,25 @@ class NoiseLevels:
         """The levels of a diffusers scheduler after its `set_timesteps`.
 
         Raises:
-            InputError: a scheduler whose levels are not known here.
+            InputError: a scheduler whose levels are not known here, or one of EDM's kind.
         """
-        config = scheduler.config
+        _refuse_edm(scheduler)
+        config, name = scheduler.config, type(scheduler).__name__
         times = [float(time) for time in scheduler.timesteps]
-        prediction = config.get("prediction_type") or "epsilon"
-        if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-            sigmas = [float(sigma) for sigma in scheduler.sigmas]
-            return cls([Level(1 - s, s, t) for s, t in zip(sigmas, [*times, 0.0], strict=True)], "flow")
         if len(set(times)) != len(times):
             raise InputError(
-                f"{type(scheduler).__name__} goes to some timesteps twice, so its steps cannot be told apart; give the "
-                "pipeline generation.noise_levels.ddim_like(pipeline.scheduler)"
+                f"{name} goes to some timesteps twice, so its steps cannot be told apart; {plain_scheduler(scheduler)}"
             )
-        if float(torch.as_tensor(scheduler.init_noise_sigma)) != 1.0:
+        prediction = config.get("prediction_type") or "epsilon"
+        flow = _is_flow(scheduler)
+        if flow or float(torch.as_tensor(scheduler.init_noise_sigma)) != 1.0:
             sigmas = [float(sigma) for sigma in scheduler.sigmas]
-            return cls([Level(1.0, s, t) for s, t in zip(sigmas, [*times, 0.0], strict=True)], prediction)
+            if len(sigmas) != len(times) + 1:
+                raise InputError(f"{name} also asks between its noise levels; {plain_scheduler(scheduler)}")
+            levels = [Level(1 - s if flow else 1.0, s, t) for s, t in zip(sigmas, [*times, 0.0], strict=True)]
+            return cls(levels, "flow" if flow else prediction)
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise InputError(
-                f"the noise levels of {type(scheduler).__name__} are not known; give the pipeline "
-                "generation.noise_levels.ddim_like(pipeline.scheduler)"
-            )
+            raise InputError(f"the noise levels of {name} are not known; {plain_scheduler(scheduler)}")
         kept = [float(scheduler.alphas_cumprod[round(time)]) for time in times]
         kept.append(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
         return cls([Level(a**0.5, (1 - a) ** 0.5, t) for a, t in zip(kept, [*times, 0.0], strict=True)], prediction)
@@ -73,8 +71,12 @@ class NoiseLevels:
     def split(
         self, sample: Float[Tensor, "n ..."], prediction: Float[Tensor, "n ..."], level: Level
     ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n ..."]]:
-        """The one-step estimates of x_0 and of eps from what the (guided) network says at a level."""
+        """The one-step estimates of x_0 and of eps from what the (guided) network says at a level.
+
+        In float32 at least: at the first levels of a run an error of the prediction is many times as large in x_0.
+        """
         scale, noise, _ = level
+        sample, prediction = _precise(sample), _precise(prediction)
         if self.prediction == "flow":
             return sample - noise * prediction, sample + scale * prediction
         if self.prediction == "epsilon":
@@ -88,8 +90,8 @@ class NoiseLevels:
 
     @staticmethod
     def renoise(clean: Float[Tensor, "n ..."], eps: Float[Tensor, "n ..."], level: Level) -> Tensor:
-        """x = scale * x_0 + noise * eps."""
-        return level.scale * clean + level.noise * eps
+        """x = scale * x_0 + noise * eps, in float32 at least."""
+        return level.scale * _precise(clean) + level.noise * _precise(eps)
 
     def direct_align(
         self,
@@ -105,21 +107,55 @@ class NoiseLevels:
         (x_there - noise_there * eps) / scale_there. The error of the network is thus scaled by the length of the step.
 
         Args:
-            sample: x_0 re-noised to `here` with `eps`.
+            sample: x_0 re-noised to `here` with `eps`, as `renoise` returned it: what it loses in bfloat16 is as much
+                multiplied as an error of the network.
             prediction: of the network, at `here`; the gradient goes through it alone.
             eps: the noise in `sample`.
             here: where the network was asked.
             there: less noise (the denoising branch) or more (the inversion branch), but not noise alone.
         """
         clean, noise = self.split(sample, prediction, here)
-        return (there.scale * clean + there.noise * noise - there.noise * eps) / there.scale
+        return (there.scale * clean + there.noise * (noise - _precise(eps))) / there.scale
 
 
 def ddim_like(scheduler: Any, **settings: Any) -> Any:
     """A `DDIMScheduler` of the same noise schedule; latents of trained autoencoders are never clipped to [-1, 1].
 
     Only what a configuration states is taken over, and DDIM's own default clips.
+
+    Raises:
+        InputError: a scheduler of a rectified flow, or of EDM's kind, whose noise schedules DDIM does not have.
     """
     from diffusers import DDIMScheduler
 
+    _refuse_edm(scheduler)
+    if _is_flow(scheduler):
+        name = type(scheduler).__name__
+        raise InputError(f'{name} is of a rectified flow, which DDIM is not; keep it (sampler "own" of a training run)')
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, **settings)
+
+
+def plain_scheduler(scheduler: Any) -> str:
+    """The end of an error: how to get a scheduler with one step a timestep in place of this one."""
+    if _is_flow(scheduler):
+        return "give the pipeline diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)"
+    return (
+        'set sampler "ddim" for a training run; in Python give the pipeline '
+        "generation.noise_levels.ddim_like(pipeline.scheduler)"
+    )
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _refuse_edm(scheduler: Any) -> None:
+    if "sigma_data" in scheduler.config:  # its config says epsilon or v_prediction as well, in another scaling
+        raise InputError(
+            f"{type(scheduler).__name__} is of EDM's kind (Playground 2.5, CosXL), whose noise and inputs are scaled "
+            "otherwise; use SDXL, SD 1.5 or a fine-tune of those"
+        )
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

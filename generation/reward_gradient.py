@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmalign.errors import InputError
 
-from .noise_levels import Level, NoiseLevels
+from .noise_levels import Level, NoiseLevels, plain_scheduler
 from .objectives.gradient_steps import draw_gradient_steps
 from .pipelines import denoiser_of
 from .steering import DenoiserStep, run_steered
@@ -99,7 +99,14 @@ def graded_latents(
     noise: Sequence[Float[Tensor, "n ..."]] | None = None,
     direct: tuple[Level, Level] | None = None,
 ) -> GradedLatents:
-    """Sample a batch with the gradient that `options` ask for; the samples are those of the plain pipeline, bit by bit.
+    """Sample a batch with the gradient that `options` ask for.
+
+    The samples are those of the plain pipeline, bit by bit; without `uncond_grad` but for rounding, as the two halves
+    of guidance then go through the network one after the other. One-step estimates and Direct-Align's reconstructions
+    are float32 at least, whatever the network computes in.
+
+    Memory grows with "renoise": each of the `copies` keeps, as the sample does, the graph of one graded step, and then
+    of its decoding, until a backward pass through all of them; `copies` + 1 times a batch of DRaFT-1.
 
     Args:
         pipeline: of any family; its denoiser's trainable weights get the gradient. Dropout has to be off.
@@ -143,7 +150,7 @@ def graded_latents(
             )
         for copy in range(options.copies):
             eps = _noise(latents, generator) if noise is None else noise[copy]
-            again = levels.renoise(latents.detach(), eps, levels.levels[-2])
+            again = levels.renoise(latents.detach(), eps, levels.levels[-2]).to(latents.dtype)
             with torch.enable_grad():
                 scored.append(run_steered(pipeline, call, first=total - 1, latents=again, denoise=grading.denoise))
     distance = grading.distance()
@@ -178,6 +185,7 @@ def _direct_align(
     else:
         (here, there), step = direct, 0
     eps = _noise(sample, generator) if noise is None else noise[0]
+    noisy = levels.renoise(sample, eps, here)
     grading = _Grading(pipeline, _batch_size(call), options, [i == step for i in range(total)], reference)
     with torch.enable_grad():
         run_steered(
@@ -185,14 +193,14 @@ def _direct_align(
             call,
             first=step,
             end=step + 1,
-            latents=levels.renoise(sample, eps, here),
+            latents=noisy.to(sample.dtype),
             level=None if direct is None else here,
             denoise=grading.denoise,
             seen=grading.seen,
         )
         assert grading.step is not None
-        seen = grading.step
-        image = levels.direct_align(seen.sample, seen.prediction, eps, here, there)
+        # What was rounded for the network is multiplied here, so the sample is taken as it was.
+        image = levels.direct_align(noisy, grading.step.prediction, eps, here, there)
     return GradedLatents([image], sample, [step], grading.distance(), (here, there))
 
 
@@ -212,8 +220,8 @@ class _Grading:
         if (steps := len(self.pipeline.scheduler.timesteps)) != len(self.mask):
             name = type(self.pipeline.scheduler).__name__
             raise InputError(
-                f"{name} takes {steps} steps where {len(self.mask)} were asked for, so they cannot be told apart; give "
-                "the pipeline generation.noise_levels.ddim_like(pipeline.scheduler)"
+                f"{name} takes {steps} steps where {len(self.mask)} were asked for, so they cannot be told apart; "
+                f"{plain_scheduler(self.pipeline.scheduler)}"
             )
         if not self.mask[number]:
             with torch.no_grad():
@@ -274,18 +282,24 @@ def _kl_weight(levels: NoiseLevels, number: int) -> float:
     if added == 0:  # the last step adds none: no divergence is defined
         return 0.0
     per_eps = -next_scale * noise / scale + math.sqrt(max(next_noise**2 - added, 0.0))
-    eps_per_prediction = scale / math.hypot(scale, noise) if levels.prediction == "v_prediction" else 1.0
+    if levels.prediction == "epsilon":
+        eps_per_prediction = 1.0
+    else:  # up to the sign; of the image, eps = (x - scale * x_0) / noise
+        eps_per_prediction = scale / (math.hypot(scale, noise) if levels.prediction == "v_prediction" else noise)
     return (per_eps * eps_per_prediction) ** 2 / (2 * added)
 
 
 def _batch_size(call: Mapping[str, Any]) -> int:
-    prompts = call.get("prompt_embeds", call.get("prompt"))
-    return 1 if isinstance(prompts, str) else len(prompts)
+    if isinstance(generators := call.get("generator"), list):  # one for each image
+        return len(generators)
+    prompts = call["prompt"] if call.get("prompt_embeds") is None else call["prompt_embeds"]
+    return (1 if isinstance(prompts, str) else len(prompts)) * (call.get("num_images_per_prompt") or 1)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     # On the CPU, so that every device gets the same.
-    return torch.randn(like.shape, generator=generator).to(like)
+    drawn = torch.randn(like.shape, generator=generator)
+    return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def _half(half: int, tensor: Tensor) -> Tensor:

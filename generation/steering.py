@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ def run_steered(
         latents: what step `first` begins from, as an earlier run returned them or in the scheduler's scaling; the
             pipeline's own noise by default.
         scheduler_state: what the scheduler remembered when `latents` were returned, see `scheduler_memory`.
-        level: ask the denoiser at this level instead of that of step `first`. The scheduler's own step is then
-            meaningless; only `seen` gets something of use.
+        level: ask the denoiser at this level instead of that of step `first`, with `latents` at this level. The
+            scheduler's own step is then meaningless; only `seen` gets something of use.
         denoise: called in place of the denoiser.
         seen: told each step that was run, before the scheduler takes it.
     """
@@ -93,6 +94,11 @@ def run_steered(
         if denoise is None:
             return original(*args, **kwargs)
         return denoise(current, original, args, kwargs)
+
+    def scaled(original: Callable[..., Any], sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own = original(sample, *args, **kwargs)  # which also finds the scheduler's place
+        # DDIM's kind hands the sample back; Euler's divides it to unit variance, by the sigma of step `first`.
+        return own if own is sample or level is None else sample / math.hypot(level.scale, level.noise)
 
     def step(original: Callable[..., Any], prediction: Tensor, time: Any, sample: Tensor, **more: Any) -> Any:
         if not wanted():
@@ -119,10 +125,12 @@ def run_steered(
     if first == 0 and given is not None:
         start = float(torch.as_tensor(scheduler.init_noise_sigma)) if hasattr(scheduler, "init_noise_sigma") else 1.0
         arguments["latents"] = given / start
+    scales = level is not None and hasattr(scheduler, "scale_model_input")  # those of rectified flows have none
     undecorated = inspect.unwrap(type(pipeline).__call__)
     with (
         _replaced(network, "forward", forward),
         _replaced(scheduler, "step", step),
+        _replaced(scheduler, "scale_model_input", scaled) if scales else nullcontext(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own

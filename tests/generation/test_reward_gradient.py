@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -234,16 +235,47 @@ def test_the_anchor_is_the_distance_to_the_network_without_adapters(sdxl: Rig) -
     assert (two.distance > 1e-6).all()
     assert sdxl.gradient(two.distance.mean()).abs().max() > 0
     # One ancestral step: the divergence of two Gaussians of equal variance is |difference of means|^2 / 2 variance.
-    step = "0,0,1,0,0"
-    l2, kl = (sdxl.run(gradient_steps=step, anchor=kind, reference=reference).distance for kind in ("l2", "kl"))
-    scheduler = sdxl.pipeline.scheduler
-    time, shape = scheduler.timesteps[2], (1, 4, 8, 8)
-    x = torch.randn(shape)
-    eps = [torch.zeros(shape), torch.ones(shape)]
-    means = [scheduler.step(e, time, x, eta=1.0, variance_noise=torch.zeros(shape)).prev_sample for e in eps]
-    variance = scheduler._get_variance(time, time - 1000 // STEPS)
-    ratio = (means[1] - means[0]).square().mean() / (2 * variance)
-    torch.testing.assert_close(kl / l2, ratio.expand(2).float(), rtol=1e-3, atol=0)
+    step, own = "0,0,1,0,0", sdxl.pipeline.scheduler
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = sdxl.pipeline.scheduler = ddim_like(own, prediction_type=kind)
+        try:
+            l2, kl = (sdxl.run(gradient_steps=step, anchor=kind, reference=reference).distance for kind in ("l2", "kl"))
+        finally:
+            sdxl.pipeline.scheduler = own
+        time, shape = scheduler.timesteps[2], (1, 4, 8, 8)
+        x = torch.randn(shape)
+        told = [torch.zeros(shape), torch.ones(shape)]
+        means = [scheduler.step(t, time, x, eta=1.0, variance_noise=torch.zeros(shape)).prev_sample for t in told]
+        variance = scheduler._get_variance(time, time - 1000 // STEPS)
+        ratio = (means[1] - means[0]).square().mean() / (2 * variance)
+        torch.testing.assert_close(kl / l2, ratio.expand(2).float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_several_images_of_a_prompt_are_that_many(sdxl: Rig, listed: bool) -> None:
+    """As the pipeline does it: told apart from guidance's two halves, and a distance for each image."""
+
+    @contextlib.contextmanager
+    def reference() -> Iterator[Any]:
+        with torch.no_grad(), lora_disabled(sdxl.network):
+            yield sdxl.network
+
+    def run(repeat: bool, **options: Any) -> Any:
+        one = {name: value[:1] for name, value in sdxl.embeds.items()}
+        call = sdxl.call() | ({name: v.repeat_interleave(2, dim=0) for name, v in one.items()} if repeat else one)
+        if not listed:
+            call["generator"] = torch.Generator().manual_seed(3)
+        if not repeat:
+            call["num_images_per_prompt"] = 2
+        options_ = RewardGradientOptions(uncond_grad=False, anchor="l2")
+        return graded_latents(sdxl.pipeline, call, options_, generator=torch.Generator(), reference=reference)
+
+    wanted, found = run(repeat=True), run(repeat=False)
+    assert found.distance.shape == (2,)
+    torch.testing.assert_close(found.distance, wanted.distance)
+    torch.testing.assert_close(found.sample, wanted.sample, atol=1e-5, rtol=1e-5)
+    gradient = sdxl.gradient(sdxl.value(wanted.scored[0]))
+    torch.testing.assert_close(sdxl.gradient(sdxl.value(found.scored[0])), gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_direct_align_reconstructs_the_image_exactly_if_the_network_knows_the_noise() -> None:
@@ -260,6 +292,117 @@ def test_direct_align_reconstructs_the_image_exactly_if_the_network_knows_the_no
             torch.testing.assert_close(levels.direct_align(noisy, answer, eps, a, b), image, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ddim", "euler", "flow"])
+def test_direct_align_between_levels_passed_in_is_that_between_the_same_two_of_the_run(kind: str) -> None:
+    rig = Rig("sd3" if kind == "flow" else "sdxl")
+    if kind == "euler":
+        rig.pipeline.scheduler = tiny_pipeline("sdxl").scheduler
+        assert type(rig.pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
+    options = RewardGradientOptions("one:2:2", reward_input="direct-align")
+    noise = [torch.randn(2, rig.network.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(7))]
+    given: dict[str, Any] = {"generator": torch.Generator(), "noise": noise}
+    own = graded_latents(rig.pipeline, rig.call(), options, **given)
+    assert own.level == tuple(NoiseLevels.of(rig.pipeline.scheduler).levels[2:4])
+    gradient = rig.gradient(rig.value(own.scored[0]))
+    direct = graded_latents(rig.pipeline, rig.call(), options, direct=own.level, **given)
+    torch.testing.assert_close(direct.scored[0], own.scored[0], atol=1e-4, rtol=1e-4)
+    found = rig.gradient(rig.value(direct.scored[0]))
+    assert (found - gradient).norm() < 1e-3 * gradient.norm()
+
+
+class KnowsTheNoise:
+    """In place of a network's forward: says what noise there is, in the precision it is asked in."""
+
+    def __init__(self, pipeline: Any, noise: Tensor) -> None:
+        self.noise = noise
+        denoiser_of(pipeline)[1].forward = self
+
+    def __call__(self, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        assert sample.dtype == torch.bfloat16
+        return (self.noise.to(sample.dtype).repeat(len(sample) // len(self.noise), 1, 1, 1),)
+
+
+def half_pipeline(scheduler: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny SDXL in bfloat16, and a call of two prompts."""
+    pipeline: Any = tiny_pipeline("sdxl").to(torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler == "ddim":
+        pipeline.scheduler = ddim_like(pipeline.scheduler)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    call = {"prompt": ["a fox", "two red boats"], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    return pipeline, call | {"generator": generators}
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_in_bfloat16_direct_align_and_estimates_lose_nothing_but_the_networks_own_rounding(scheduler: str) -> None:
+    pipeline, call = half_pipeline(scheduler)
+    exact = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7)).bfloat16()
+    KnowsTheNoise(pipeline, exact)
+    for step in range(STEPS - 1):  # each of the first has far more noise than image
+        options = RewardGradientOptions(f"one:{step}:{step}", reward_input="direct-align", checkpointing=False)
+        run = graded_latents(pipeline, call, options, generator=torch.Generator(), noise=[exact.float()])
+        assert run.sample.dtype == torch.bfloat16
+        assert run.scored[0].dtype == torch.float32
+        error = (run.scored[0] - run.sample.float()).square().mean().sqrt()
+        assert error < 1e-4 * run.sample.float().square().mean().sqrt()
+    # What is drawn is not rounded to bfloat16 on its way; what the network says is.
+    start = call | {"generator": [torch.Generator().manual_seed(seed) for seed in (5, 6)]}
+    options = RewardGradientOptions("one:0:0", reward_input="estimate", checkpointing=False)
+    run = graded_latents(pipeline, start, options, generator=torch.Generator())
+    x = torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s), dtype=torch.bfloat16) for s in (5, 6)]
+    )
+    scale, noise, _ = NoiseLevels.of(pipeline.scheduler).levels[0]
+    x = x * pipeline.scheduler.init_noise_sigma
+    assert x.dtype == torch.bfloat16
+    wanted = (x.double() - noise * exact.double()) / scale
+    torch.testing.assert_close(run.scored[0].double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_noise_that_is_drawn_for_a_bfloat16_network_is_float32() -> None:
+    pipeline, call = half_pipeline("ddim")
+    zeros = torch.zeros(2, 4, 8, 8)
+    KnowsTheNoise(pipeline, zeros)
+    options = RewardGradientOptions("one:0:0", reward_input="direct-align", checkpointing=False)
+    run = graded_latents(pipeline, call, options, generator=torch.Generator().manual_seed(1))
+    draws = torch.Generator().manual_seed(1)
+    torch.randint(1, (), generator=draws)  # the step
+    torch.rand((), generator=draws)  # its direction
+    eps = torch.randn(2, 4, 8, 8, generator=draws)
+    (here, there), image = run.level, run.sample.double()  # type: ignore[misc]
+    wanted = image + (here.noise / here.scale - there.noise / there.scale) * eps.double()
+    torch.testing.assert_close(run.scored[0].double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "reward_input"), [("last:1", "renoise"), ("one:1:1", "direct-align"), ("one:1:1", "estimate")]
+)
+def test_a_bfloat16_network_is_given_what_it_computes_in(form: str, reward_input: Any) -> None:
+    pipeline, call = half_pipeline("euler")
+    run = graded_latents(
+        pipeline, call, RewardGradientOptions(form, reward_input=reward_input), generator=torch.Generator()
+    )
+    assert all(bool(latents.isfinite().all()) for latents in run.scored)
+    sum(latents.float().sum() for latents in run.scored).backward()  # type: ignore[union-attr]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in denoiser_of(pipeline)[1].parameters())
+
+
+def test_inversion_is_the_share_of_steps_towards_more_noise(sdxl: Rig) -> None:
+    def inverted(inversion: float, times: int) -> list[bool]:
+        options = RewardGradientOptions("one:2:2", reward_input="direct-align", inversion=inversion)
+        generator, found = torch.Generator().manual_seed(0), []
+        for _ in range(times):
+            run = graded_latents(sdxl.pipeline, sdxl.call(), options, generator=generator)
+            here, there = run.level  # type: ignore[misc]
+            assert here.noise != there.noise
+            found.append(there.noise > here.noise)
+        return found
+
+    assert inverted(0.0, 3) == [False] * 3
+    assert inverted(1.0, 3) == [True] * 3
+    assert set(inverted(0.5, 8)) == {True, False}
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -274,6 +417,7 @@ def test_direct_align_reconstructs_the_image_exactly_if_the_network_knows_the_no
 def test_every_variant_trains_the_adapter_and_repeats(rig: Rig, options: dict[str, Any], steps: int | None) -> None:
     run = rig.run(**options)
     assert len(run.scored) == (1 + options.get("copies", 0))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(run.scored, 2))
     assert steps is None or len(run.gradient_steps) == steps
     gradient = rig.gradient(sum(rig.value(latents) for latents in run.scored))
     assert gradient.abs().max() > 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -13,6 +14,7 @@ from generation.drawing import borrowed
 from generation.noise_levels import NoiseLevels, ddim_like
 from generation.pipelines import denoiser_of
 from generation.steering import DenoiserStep, run_steered, scheduler_memory
+from mmalign.errors import InputError
 
 FAMILIES = ("sdxl", "sd15", "sd3", "flux")
 
@@ -118,3 +120,60 @@ def test_one_step_estimates_agree_with_the_scheduler(family: str) -> None:
             torch.testing.assert_close(levels.renoise(clean, noise, here), step.sample, atol=1e-3, rtol=1e-4)
             stepped = levels.renoise(clean, noise, there)
             torch.testing.assert_close(stepped, following.to(stepped), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("EDMEulerScheduler", "EDM's kind .* use SDXL, SD 1.5"),
+        ("EDMDPMSolverMultistepScheduler", "EDM's kind .* use SDXL, SD 1.5"),
+        ("PNDMScheduler", 'timesteps twice.* set sampler "ddim" for a training run; in Python .*ddim_like'),
+        ("HeunDiscreteScheduler", "timesteps twice.*ddim_like"),
+        ("KDPM2DiscreteScheduler", "between its noise levels.*ddim_like"),
+        ("FlowMatchHeunDiscreteScheduler", "timesteps twice.*FlowMatchEulerDiscreteScheduler.from_config"),
+    ],
+)
+def test_schedulers_whose_levels_would_be_wrong_are_refused(name: str, message: str) -> None:
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(5)
+    with pytest.raises(InputError, match=message):
+        NoiseLevels.of(scheduler)
+
+
+def test_ddim_is_not_made_of_another_noise_schedule() -> None:
+    for name, message in (
+        ("EDMEulerScheduler", "EDM's kind"),
+        ("EDMDPMSolverMultistepScheduler", "EDM's kind"),
+        ("FlowMatchEulerDiscreteScheduler", "rectified flow"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ddim_like(getattr(diffusers, name)())
+    # What was made from such a model's file is still of that kind.
+    settings = diffusers.EDMEulerScheduler(sigma_data=0.5).config
+    with pytest.raises(InputError, match="EDM's kind"):
+        ddim_like(diffusers.EulerDiscreteScheduler.from_config(settings))
+    euler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    assert torch.equal(ddim_like(euler).alphas_cumprod, euler.alphas_cumprod)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"])
+def test_at_another_level_the_network_sees_what_it_would_see_there(name: str) -> None:
+    """Step 3's latents handed to step 0 at step 3's level: the same input, timestep and prediction."""
+    made = tiny_pipeline("sdxl")
+    made.scheduler = getattr(diffusers, name).from_config(made.scheduler.config)
+    steps: list[DenoiserStep] = []
+    inputs: list[tuple[torch.Tensor, float]] = []
+
+    def denoise(_: int, forward: Any, args: Any, kwargs: Any) -> Any:
+        inputs.append((args[0], float(args[1])))
+        return forward(*args, **kwargs)
+
+    run_steered(made, call(), denoise=denoise, seen=steps.append)
+    level = NoiseLevels.of(made.scheduler).levels[3]
+    run_steered(made, call(), end=1, latents=steps[3].sample, level=level, denoise=denoise, seen=steps.append)
+    assert len(inputs) == len(steps) == 6
+    torch.testing.assert_close(inputs[5][0], inputs[3][0], atol=1e-5, rtol=1e-5)
+    assert inputs[5][1] == pytest.approx(inputs[3][1], abs=1e-3)
+    torch.testing.assert_close(steps[5].prediction, steps[3].prediction, atol=1e-4, rtol=1e-4)
+    assert "scale_model_input" not in vars(made.scheduler)
