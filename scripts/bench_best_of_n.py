@@ -23,7 +23,6 @@ scores foresee final ones as far as sampling itself allows; how well a trained m
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
@@ -41,9 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny:sdxl")
     parser.add_argument("--rewards", nargs="+", default=["cosine:bundled", "jpeg-incompressibility"])
-    parser.add_argument(
-        "--prompts", type=Path, help="a text file, one prompt a line (default: captions of photographs)"
-    )
+    parser.add_argument("--prompts", type=Path, help="one a line, or .jsonl (default: captions of photographs)")
     parser.add_argument("--count", type=int, default=8, help="prompts to use")
     parser.add_argument("-n", type=int, default=16)
     parser.add_argument("--survivors", type=int, help="a quarter of N by default")
@@ -74,9 +71,10 @@ class Scores:
 def bench(arguments: argparse.Namespace) -> None:
     from generation import load_pipeline
     from generation.latent_scorer import fit_latent_scorer
+    from generation.prompts import read_prompts
     from generation.rewards import load_rewards
 
-    texts = read_prompts(arguments.prompts)
+    texts = read_prompts(arguments.prompts or CAPTIONS)
     prompts, others = texts[: arguments.count], texts[arguments.count : arguments.count + arguments.fit]
     pipeline = load_pipeline(arguments.model, device=arguments.device)
     survivors = arguments.survivors or -(-arguments.n // 4)
@@ -114,13 +112,6 @@ def bench(arguments: argparse.Namespace) -> None:
             about = f"latent scorer of {scorer.images} images"
             print(row(f"{DEFAULT_CHECK:g}", about, saved, learnt, 0, survivors))
         print(f"\n{as_used(pipeline, prompts, reward, full, place, survivors, arguments)}\n", flush=True)
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    """Lines of a text file, or the first caption of each sample photograph."""
-    if file is not None:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [json.loads(line)["captions"][0] for line in CAPTIONS.read_text(encoding="utf-8").splitlines()]
 
 
 def full_run(
