@@ -13,7 +13,7 @@ from .pipelines import pipeline_family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["decode_latents", "latent_scaling", "unit_pixels"]
+__all__ = ["decode_latents", "latent_scaling", "unit_pixels", "unpacked"]
 
 
 def latent_scaling(
@@ -46,11 +46,19 @@ def decode_latents(
         width: of the image, in pixels.
     """
     vae = pipeline.vae
-    if pipeline_family(pipeline) == "flux":
-        latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    latents = unpacked(pipeline, latents, height=height, width=width)
     factor, mean, std = (values.to(latents.device, torch.float32) for values in latent_scaling(vae))
     scaled = (latents.float() / factor * std + mean).to(vae.device, vae.dtype)
     return vae.decode(scaled, return_dict=False)[0].float()
+
+
+def unpacked(
+    pipeline: DiffusionPipeline, latents: Float[Tensor, "n ..."], *, height: int, width: int
+) -> Float[Tensor, "n channels h w"]:
+    """A pipeline's latents as its VAE has them: FLUX puts four neighbours into one token."""
+    if pipeline_family(pipeline) != "flux":
+        return latents
+    return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
 
 
 def unit_pixels(decoded: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 3 height width"]:

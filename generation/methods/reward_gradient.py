@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,16 @@ from mmalign.errors import InputError
 
 from ..objectives.gradient_steps import check_gradient_steps
 from ..objectives.reward_losses import reward_loss
+from ..pipelines import pipeline_family
 from ..reward_gradient import RewardGradientOptions, graded_latents
 from ..training.adaptation import Adaptation, make_adaptation
 from ..training.configuration import inherited, setting, settings
 from ..training.prompt_set import PromptBatch
 from ..training.randomness import stream
 from ..training.reward_training import RewardConfig, RewardTrainer
-from ..training.trainer import Prepared
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "AlignPropConfig",
@@ -96,21 +99,44 @@ class RewardGradientTrainer(RewardTrainer):
         super().check_settings()
         config = self.config
         check_gradient_steps(config.gradient_steps, config.sampling_steps)
+        single = config.gradient_steps[:3] == "one" or config.gradient_steps.split(",").count("1") == 1
+        if config.reward_input == "direct-align" and not single:
+            raise InputError(
+                f'reward_input direct-align asks the network once; set gradient_steps to "one", not '
+                f"{config.gradient_steps!r}"
+            )
+        if config.reward_input == "renoise" and config.gradient_steps != "last:1":
+            raise InputError(
+                f'reward_input renoise repeats the last step; set gradient_steps to "last:1", not '
+                f"{config.gradient_steps!r}"
+            )
         reward_loss(torch.zeros(1), config.loss, threshold=config.reward_threshold)
         if config.lora_dropout:
             raise InputError("lora_dropout makes the samples another model's; set it to 0 for this method")
         if config.reward_threshold is not None and config.loss == "negative":
             raise InputError("reward_threshold is given and loss negative has none; give loss hinge or target")
+        for name, needs in (
+            ("copies", "reward_input renoise" if config.reward_input != "renoise" else ""),
+            ("inversion", "reward_input direct-align" if config.reward_input != "direct-align" else ""),
+            ("anchor_weight", "an anchor" if config.anchor == "none" else ""),
+            ("uncond_grad", "guidance above 1" if config.guidance <= 1 else ""),
+        ):
+            if needs and getattr(config, name) != getattr(type(config)(), name):
+                raise InputError(f"{name} {getattr(config, name)} has no effect without {needs}; leave it out")
 
-    def prepare(self) -> Prepared:
-        """As every trainer on rewards; the reward has to have a gradient."""
-        prepared = super().prepare()
+    def check_reward(self) -> None:
+        """It has to have a gradient."""
         if not self.reward.differentiable:
             raise InputError(
                 f"reward {self.reward.name!r} has no gradient; give one that has (cosine, clipscore, pickscore, hps, "
                 "aesthetic), or set `differentiable = True` on your callable if it keeps the graph"
             )
-        return prepared
+
+    def connect(self, pipeline: DiffusionPipeline) -> None:
+        """As every trainer on rewards; a divergence is of samplers with noise."""
+        super().connect(pipeline)
+        if self.config.anchor == "kl" and pipeline_family(pipeline) not in ("sdxl", "sd15"):
+            raise InputError("anchor kl is of samplers with noise, and this is a rectified flow; set anchor to l2")
 
     def adapt(self, network: nn.Module, family: str) -> Adaptation:
         """With a reference where the loss has an anchor."""
@@ -138,6 +164,7 @@ class RewardGradientTrainer(RewardTrainer):
         for latents in run.scored:
             pixels, saturated = self.decode(latents)
             rewards, terms = self._scored(pixels, batch.prompts)
+            saturated = saturated.to(rewards.device)
             losses = reward_loss(rewards, config.loss, threshold=config.reward_threshold, scale=config.loss_scale)
             total = losses.mean() if total is None else total + losses.mean()
             if not values:  # of the sample itself; copies are like it
@@ -154,16 +181,18 @@ class RewardGradientTrainer(RewardTrainer):
     def _scored(
         self, pixels: Float[Tensor, "n 3 height width"], prompts: list[str]
     ) -> tuple[Float[Tensor, " n"], dict[str, Tensor]]:
+        device = self.accelerator.device
         rewards, terms = self.reward.score_terms(list(pixels), prompts)
         if not isinstance(rewards, Tensor):
-            rewards = torch.stack([torch.as_tensor(one) for one in rewards])
+            rewards = torch.stack([torch.as_tensor(one) for one in rewards or ()] or [torch.zeros(())])
         if not rewards.requires_grad or rewards.shape != (len(pixels),):
             raise InputError(
                 f"reward {self.reward.name!r} gave {tuple(rewards.shape)} "
                 f"{'with' if rewards.requires_grad else 'without'} gradient for {len(pixels)} images; it must give one "
                 "number each, computed from their pixels by differentiable operations"
             )
-        return rewards.float(), {name: torch.as_tensor(of).detach().float() for name, of in terms.items()}
+        scored = {name: torch.as_tensor(of).detach().float().to(device) for name, of in terms.items()}
+        return rewards.float().to(device), scored
 
 
 @settings
@@ -188,13 +217,18 @@ class AlignPropTrainer(RewardGradientTrainer):
 
 @settings
 class DRaFTConfig(RewardGradientConfig):
-    """Settings of `DRaFTTrainer`: DRaFT-K with K = 1; `gradient_steps` "all" is DRaFT."""
+    """Settings of `DRaFTTrainer`: DRaFT-K with K = 1; `gradient_steps` "all" is DRaFT.
+
+    Those of the paper's small runs as far as they are known (unverified); clipping is AlignProp's.
+    """
 
     method: ClassVar[str] = "draft"
     summary: ClassVar[str] = "DRaFT-K: reward gradient through the last steps (arXiv 2309.17400)."
 
     rank: int = inherited(RewardGradientConfig, "rank", 8)
     learning_rate: float = inherited(RewardGradientConfig, "learning_rate", 4e-4)
+    steps: int = inherited(RewardGradientConfig, "steps", 2000)
+    accumulation: int = inherited(RewardGradientConfig, "accumulation", 1)
 
 
 class DRaFTTrainer(RewardGradientTrainer):
@@ -205,7 +239,10 @@ class DRaFTTrainer(RewardGradientTrainer):
 
 @settings
 class DRaFTLVConfig(DRaFTConfig):
-    """Settings of `DRaFTLVTrainer`; hyperparameters of the paper are unverified."""
+    """Settings of `DRaFTLVTrainer`; hyperparameters of the paper are unverified.
+
+    Memory grows with `copies`: each keeps a graded step and a decoding until the step's backward pass.
+    """
 
     method: ClassVar[str] = "draft-lv"
     summary: ClassVar[str] = "DRaFT-LV: DRaFT-1, the last step repeated from fresh noise (arXiv 2309.17400)."
@@ -226,7 +263,7 @@ class ReFLConfig(RewardGradientConfig):
     """Settings of `ReFLTrainer`: 40 steps without guidance, one of the steps 30 to 39 graded, ImageReward's hinge.
 
     The threshold of 2 and the scale are ImageReward's; for another reward `loss` "negative" is the safe choice, and
-    the default here.
+    the default here. The learning rate is that of ImageReward's LoRA script for SDXL.
     """
 
     method: ClassVar[str] = "refl"
@@ -241,6 +278,9 @@ class ReFLConfig(RewardGradientConfig):
     )
     learning_rate: float = inherited(RewardGradientConfig, "learning_rate", 1e-4)
     weight_decay: float = inherited(RewardGradientConfig, "weight_decay", 1e-2)
+    steps: int = inherited(RewardGradientConfig, "steps", 100)
+    batch_size: int = inherited(RewardGradientConfig, "batch_size", 2)
+    accumulation: int = inherited(RewardGradientConfig, "accumulation", 4)
 
 
 class ReFLTrainer(RewardGradientTrainer):
@@ -251,7 +291,11 @@ class ReFLTrainer(RewardGradientTrainer):
 
 @settings
 class DirectAlignConfig(RewardGradientConfig):
-    """Settings of `DirectAlignTrainer`: one network call a sample, at a random noise level."""
+    """Settings of `DirectAlignTrainer`: one network call a sample, at a random noise level.
+
+    SRPO trains so with `loss` "hinge" and `reward_threshold` 0.7, in HPS's units, all weights at learning rate 5e-6;
+    the optimiser's settings here are for a LoRA, and ours.
+    """
 
     method: ClassVar[str] = "direct-align"
     summary: ClassVar[str] = "Direct-Align: reward of an image re-noised and restored in one call (arXiv 2509.06942)."
@@ -261,6 +305,9 @@ class DirectAlignConfig(RewardGradientConfig):
         RewardGradientConfig, "reward_input", "direct-align"
     )
     sampling_steps: int = inherited(RewardGradientConfig, "sampling_steps", 25)
+    guidance: float = inherited(RewardGradientConfig, "guidance", 1.0)
+    learning_rate: float = inherited(RewardGradientConfig, "learning_rate", 1e-4)
+    weight_decay: float = inherited(RewardGradientConfig, "weight_decay", 1e-4)
 
 
 class DirectAlignTrainer(RewardGradientTrainer):

@@ -7,7 +7,8 @@ diversity.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from mmalign.errors import InputError
 from mmalign.imaging.contact_sheet import draw_contact_sheet
+from mmalign.metrics import HIGHER_IS_MORE_DIVERSE, diversity_values
 
+from ..drawing import sampling_options
 from ..latents import decode_latents, unit_pixels
 from ..noise_levels import ddim_like
 from ..pipelines import pipeline_family, quiet_diffusers
 from ..prompts import read_prompts
-from ..rewards import EmbeddingReward, Reward, as_reward, load_rewards
+from ..rewards import EmbeddingReward, Reward, WeightedSum, as_reward, load_rewards
 from .configuration import Place, RunConfig, Texts, inherited, setting, settings
 from .encoding import LatentEncoder, PromptEncoder
 from .preparation import cache_folder
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
+# What the probe logs under names of its own.
+_LOGGED = frozenset({"reward", "held_out", "uncorrected", *HIGHER_IS_MORE_DIVERSE})
+
 
 @settings
 class RewardConfig(RunConfig):
@@ -56,17 +62,21 @@ that raises its reward while held-out rewards or diversity fall says so."""
 
     reward: Texts = setting([], "What to raise, as SPEC or SPEC=WEIGHT; may repeat, for a weighted sum.")
     held_out_reward: Texts = setting(
-        ["clipscore"], "A reward that is measured and not trained on; may repeat. Offline: cosine:bundled.", fixed=False
+        ["clipscore"], "A reward that is measured and not trained on; may repeat. Offline: cosine:bundled."
     )
     held_out_prompts: Place | None = setting(
-        None, "Prompts of the probe. (default: up to 32 of the prompts, a tenth of them, are kept from training)"
+        None, "Prompts of the probe. (default: a tenth of the prompts, probe_size at most, are kept from training)"
     )
     probe_images: int = setting(4, "Images of each probe prompt; diversity needs 2.", ge=1)
     diversity_encoder: str | None = setting(
         None, "Image encoder that diversity is measured with. (default: that of a reward, a held-out one first)"
     )
     patience: int | None = setting(
-        None, "End after so many looks at the probe without a better held-out reward.", fixed=False, ge=1
+        None,
+        "End after so many looks at the probe without a better held-out reward (the first one given); the best adapter "
+        "is then in OUTPUT/best.",
+        fixed=False,
+        ge=1,
     )
     sampling_steps: int = setting(50, "Denoising steps of an image, in training and in the probe.", ge=1)
     guidance: float = setting(7.5, "Guidance scale of the same.", ge=0)
@@ -124,7 +134,7 @@ class RewardTrainer(Trainer):
 
         Args:
             config: all settings.
-            pipeline: trained in place of `config.model`; its denoiser is changed.
+            pipeline: trained in place of `config.model`; its denoiser is changed, its VAE frozen and moved.
             reward: raised in place of `config.reward`: any reward, or a callable of images and prompts.
             held_out: by name, measured in place of `config.held_out_reward`.
         """
@@ -135,8 +145,12 @@ class RewardTrainer(Trainer):
     def check_settings(self) -> None:
         """Refuse a run without prompts or without a reward."""
         super().check_settings()
-        if not self.config.data:
+        config = self.config
+        if not config.data:
             raise InputError("no prompts given; set data to a file of prompts, one a line")
+        judges = config.held_out_reward if self._given_held_out is None else self._given_held_out
+        if config.patience is not None and not (config.probe_size and judges):
+            raise InputError("patience goes by a held-out reward in the probe; give one, and a probe_size above 0")
         if self._given is None and not self.config.reward:
             raise InputError("no reward given; set reward (--reward), such as hps-v2.1, or cosine:bundled offline")
 
@@ -145,8 +159,10 @@ class RewardTrainer(Trainer):
         config, device = self.config, self.accelerator.device
         prompts, self.probe_prompts = self._split_prompts()
         self.reward = as_reward(self._given) if self._given is not None else self._loaded(config.reward)
+        self.check_reward()
         self.held_out = self._load_held_out()
         pipeline = self.load_pipeline()
+        self._tell_of_long_prompts(pipeline, [*prompts, *self.probe_prompts])
         encoder = PromptEncoder(pipeline, device)
         self.prompts = PromptSet(
             prompts,
@@ -165,7 +181,8 @@ class RewardTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         validation = None
         if config.validation_prompts:
-            validation = Validation(pipeline, encoder, LatentEncoder(pipeline.vae, device), config)
+            latents = LatentEncoder(pipeline.vae, device)
+            validation = Validation(pipeline, encoder, latents, config, release=False)
         if config.cache:
             encoder.release()
         held_out = tuple(f"probe_{name}" for name in self.held_out)
@@ -178,9 +195,24 @@ class RewardTrainer(Trainer):
         }
         return Prepared(pipeline, self.prompts, validation)
 
+    def check_reward(self) -> None:
+        """Refuse a reward that this method cannot raise, before the model is loaded."""
+
     def connect(self, pipeline: DiffusionPipeline) -> None:
-        """Make the pipeline that draws: its network is the trained one, its text encoders stay away."""
+        """Make the pipeline that draws: its network is the trained one, its text encoders stay away.
+
+        Raises:
+            InputError: the pipeline cannot draw at this resolution, or with this sampler.
+        """
         config, device = self.config, self.accelerator.device
+        sampling_options(pipeline, height=config.resolution, width=config.resolution)
+        if "sigma_data" in pipeline.scheduler.config:
+            raise InputError(
+                "the model is one of EDM's kind (Playground 2.5, CosXL), whose noise is scaled otherwise; train SDXL, "
+                "SD 1.5, SD 3, FLUX or a fine-tune of those"
+            )
+        if config.sampler == "own" and "PNDM" in type(pipeline.scheduler).__name__:
+            raise InputError("the pipeline's own sampler, PNDM, goes to a timestep twice; set sampler to ddim")
         diffusion = pipeline_family(pipeline) in ("sdxl", "sd15")
         scheduler = ddim_like(pipeline.scheduler) if diffusion and config.sampler == "ddim" else None
         if config.eta and (not diffusion or config.sampler != "ddim"):
@@ -229,10 +261,8 @@ class RewardTrainer(Trainer):
 
     def look(self) -> dict[str, float]:
         """The probe: rewards trained on and held out, and diversity; its pictures in samples/probe-*.png."""
-        from ..diversity import diversity_values
-
         config = self.config
-        if not config.probe_size:
+        if not self.probe_prompts:
             return {}
         prompts = [prompt for prompt in self.probe_prompts for _ in range(config.probe_images)]
         places = [(p, i) for p in range(len(self.probe_prompts)) for i in range(config.probe_images)]
@@ -245,6 +275,7 @@ class RewardTrainer(Trainer):
         values |= {f"probe_{name}_std": float(of.std()) for name, of in scores.items()}
         if self.held_out:
             values["probe_held_out"] = values[f"probe_{next(iter(self.held_out))}"]
+            self._keep_best(values["probe_held_out"])
         embeds = self._embeds(images)
         if len(images) > 1:
             diversity = diversity_values(images, embeds, [place[0] for place in places])
@@ -255,23 +286,45 @@ class RewardTrainer(Trainer):
 
     def judge(self, start: Mapping[str, float], values: Mapping[str, float]) -> dict[str, str]:
         """Warn of a reward that rises while others or diversity fall (see `over_optimisation_warnings`)."""
+        if len(self.probe_prompts) * self.config.probe_images < 4:
+            return {}  # too few to tell a change from chance
         return over_optimisation_warnings(start, values, list(self.held_out))
+
+    def facts(self) -> dict[str, str]:
+        """Rewards by their fingerprints, and the prompts of the probe."""
+        held_out = ", ".join(f"{name}: {reward.fingerprint}" for name, reward in self.held_out.items())
+        return {
+            "reward": str(self.reward.fingerprint),
+            "held-out reward": held_out,
+            "probe's prompts": hashlib.sha256("\n".join(self.probe_prompts).encode()).hexdigest()[:16],
+        }
 
     def enough(self) -> str | None:
         """Why to end before the last step: no better held-out reward for `patience` looks."""
         patience = self.config.patience
-        if patience is None or not self.held_out or not self.folder.metrics.is_file():
+        if patience is None or not self.held_out:
             return None
-        name = next(iter(self.held_out))
-        lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
-        looks = [(row["step"], row["probe_held_out"]) for row in map(json.loads, lines) if "probe_held_out" in row]
+        looks = self._looks()
         best = max(range(len(looks)), key=lambda i: looks[i][1], default=0)
         if len(looks) - 1 - best < patience:
             return None
         return (
-            f"the held-out reward {name} was best at step {looks[best][0]} ({looks[best][1]:.4g}) and not better in "
-            f"{len(looks) - 1 - best} looks since: ended; the checkpoint next to that step is the one to take"
+            f"the held-out reward {next(iter(self.held_out))} was best at step {looks[best][0]} "
+            f"({looks[best][1]:.4g}) and not better in {len(looks) - 1 - best} looks since; the adapter of that step "
+            f"is in {self.folder.path / 'best'}. Raise patience to go on"
         )
+
+    def _looks(self) -> list[tuple[int, float]]:
+        """Step and held-out reward of every look so far; what is no number counts as the worst."""
+        rows = self.folder.logged("probe_held_out")
+        found = [(row["step"], row["probe_held_out"]) for row in rows]
+        return [(step, value if math.isfinite(value) else -math.inf) for step, value in found]
+
+    def _keep_best(self, held_out: float) -> None:
+        """Export to OUTPUT/best what is better than at all looks before; for runs that may end by it."""
+        better = all(value < held_out for _, value in self._looks())
+        if self.config.patience is not None and better and self.accelerator.is_main_process:
+            self.learner.export(self.folder.path / "best", {"mmalign_steps": str(self.step)})
 
     def _split_prompts(self) -> tuple[list[str], list[str]]:
         """Training prompts and those of the probe, without repetitions."""
@@ -279,10 +332,12 @@ class RewardTrainer(Trainer):
         prompts = list(dict.fromkeys(read_prompts(config.data)))
         if config.held_out_prompts is not None:
             held_out = list(dict.fromkeys(read_prompts(config.held_out_prompts)))
+            if not held_out:
+                raise InputError(f"held_out_prompts {config.held_out_prompts!r} holds no prompt; add some, one a line")
             prompts = [prompt for prompt in prompts if prompt not in set(held_out)]
         else:
             order = torch.randperm(len(prompts), generator=stream(config.seed, "held-out prompts")).tolist()
-            count = min(32, max(len(prompts) // 10, 1)) if config.probe_size and len(prompts) > 1 else 0
+            count = min(config.probe_size, max(len(prompts) // 10, 1)) if len(prompts) > 1 else 0
             held_out = [prompts[i] for i in order[:count]]
             prompts = [prompts[i] for i in sorted(order[count:])]
         if not prompts:
@@ -296,14 +351,32 @@ class RewardTrainer(Trainer):
 
     def _load_held_out(self) -> dict[str, Reward]:
         if self._given_held_out is not None:
+            if taken := sorted(_LOGGED & set(self._given_held_out)):
+                raise InputError(
+                    f"a held-out reward is named {taken[0]!r}, which the log has another use for; rename it"
+                )
             return {name: as_reward(reward) for name, reward in self._given_held_out.items()}
         found: dict[str, Reward] = {}
         for spec in self.config.held_out_reward:
             reward = self._loaded(spec)
-            found[reward.name if reward.name not in found else spec] = reward
-        if any(reward.fingerprint and reward.fingerprint == self.reward.fingerprint for reward in found.values()):
+            found[reward.name if reward.name not in {*found, *_LOGGED} else spec] = reward
+        terms = [reward for _, reward in self.reward.terms.values()] if isinstance(self.reward, WeightedSum) else []
+        trained = {reward.fingerprint for reward in (self.reward, *terms)} - {None}
+        if any(reward.fingerprint in trained for reward in found.values()):
             raise InputError("a held-out reward is the one that is trained on; give another (--held-out-reward)")
         return found
+
+    def _tell_of_long_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> None:
+        """Warn of what the text encoder will not see; SD3 and FLUX have a second, longer one."""
+        if pipeline_family(pipeline) not in ("sdxl", "sd15"):
+            return
+        most = pipeline.tokenizer.model_max_length
+        with quiet_diffusers():
+            long = [prompt for prompt in prompts if len(pipeline.tokenizer(prompt).input_ids) > most]
+        if long:
+            self.warn(
+                f"{len(long)} prompts have more than {most} tokens and are cut there, such as {long[0][:60]!r}..."
+            )
 
     def _embeds(self, images: Sequence[Float[Tensor, "3 h w"]]) -> Float[np.ndarray, "n dim"] | None:
         """Vectors that diversity is measured with, or `None` where no encoder is at hand."""
@@ -343,10 +416,11 @@ def over_optimisation_warnings(
     """
 
     def rise(name: str) -> float:
-        spread = max(start.get(f"{name}_std", 0.0), 1e-12)
-        return (values[name] - start[name]) / spread
+        spread = start.get(f"{name}_std", 0.0)
+        known = name in start and name in values and spread > 0
+        return (values[name] - start[name]) / spread if known else 0.0
 
-    if "probe_reward" not in start or "probe_reward" not in values or rise("probe_reward") < 0.5:
+    if rise("probe_reward") < 0.5:
         return {}
     found = {}
     gained = f"the trained reward rose from {start['probe_reward']:.4g} to {values['probe_reward']:.4g}"

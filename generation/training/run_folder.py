@@ -38,7 +38,8 @@ class Checkpoint:
         """What the trainer wrote about itself."""
         with self.damage_told():
             about = json.loads((self.path / "trainer.json").read_text(encoding="utf-8"))
-            return {name: about[name] for name in ("step", "data", "weights", "processes", "first_look", "warned")}
+            known = {name: about[name] for name in ("step", "data", "weights", "processes", "first_look", "warned")}
+            return {**known, "facts": about.get("facts", {})}
 
     @contextmanager
     def damage_told(self) -> Iterator[None]:
@@ -189,6 +190,13 @@ class RunFolder:
                 f"{str(self.metrics)!r} cannot be written ({reason_of(error)}); "
                 "mend that and run the same command again, it goes on from the newest checkpoint"
             ) from None
+
+    def logged(self, key: str) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` that have a value of this name, in order."""
+        if not self.metrics.is_file():
+            return []
+        rows = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines())
+        return [row for row in rows if key in row]
 
     def _cut_metrics(self, step: int) -> None:
         """Forget lines after the step that is resumed from: they will be written again."""

@@ -33,6 +33,7 @@ def bare_pipeline(pipeline: DiffusionPipeline, *, vae: bool, scheduler: Any = No
     if "requires_safety_checker" in pipeline.config:
         parts["requires_safety_checker"] = False
     bare = type(pipeline)(**parts)
+    bare.vae_scale_factor = pipeline.vae_scale_factor  # without a VAE it is taken to be 8
     bare.set_progress_bar_config(disable=True)
     return bare
 

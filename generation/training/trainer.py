@@ -61,7 +61,10 @@ _CURVES_SECONDS = 30
 
 @dataclass
 class TrainingReport:
-    """How a run went: folder, last step, what was exported, last values, warnings, rows left out, the first look."""
+    """How a run went: folder, last step, what was exported, last values, warnings, rows left out, the first look.
+
+    `ended` says why, where a run ended before its last step.
+    """
 
     output: Path
     step: int
@@ -71,6 +74,7 @@ class TrainingReport:
     warnings: list[str] = field(default_factory=list)
     left_out: int = 0
     first_look: dict[str, float] = field(default_factory=dict)
+    ended: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it: paths as text, and `None` for a value that is no finite number."""
@@ -199,6 +203,10 @@ class Trainer(ABC):
         """Why to end before the last step, after a look; a function of what has been logged."""
         return None
 
+    def facts(self) -> dict[str, str]:
+        """By name, what beside data and weights a run is resumed with only unchanged; as text."""
+        return {}
+
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The network as it was before training, without gradient; for a LoRA, itself with the adapters off."""
         return self.learner.reference()
@@ -237,7 +245,15 @@ class Trainer(ABC):
         left_out = self.prepared.left_out
         self.accelerator.end_training()
         return TrainingReport(
-            self.config.output, self.step, start, exported, values, self._warnings, left_out, dict(self.first_look)
+            self.config.output,
+            self.step,
+            start,
+            exported,
+            values,
+            self._warnings,
+            left_out,
+            dict(self.first_look),
+            self._end,
         )
 
     def load_pipeline(self) -> DiffusionPipeline:
@@ -295,6 +311,7 @@ class Trainer(ABC):
 
     def _begin(self) -> None:
         self.step = 0
+        self._end: str | None = None
         self.first_look: dict[str, float] = {}
         self._warned: list[str] = []
         self._warnings: list[str] = []
@@ -332,7 +349,8 @@ class Trainer(ABC):
             if (values := self._look()) and main:
                 self.folder.log({"step": 0, **values})
         if self._ended():
-            return values
+            rows = self.folder.logged("step")
+            return {name: value for name, value in rows[-1].items() if name != "step"}
         shown = config.progress and main and self.step < config.steps
         fields = dict.fromkeys(self.shown, "-")
         bar = progress_bar(config.method, config.steps, unit="steps", initial=self.step, enabled=shown, **fields)
@@ -379,10 +397,10 @@ class Trainer(ABC):
 
     def _ended(self) -> bool:
         """Whether `enough` says so, in the main process, which has the log."""
-        reason = self.enough() if self.accelerator.is_main_process else None
-        if reason is not None:
-            self.warn(f"step {self.step}: {reason}")
-        return self._any_process(reason is not None)
+        self._end = self.enough() if self.accelerator.is_main_process else None
+        if self._end is not None:
+            self.warn(f"step {self.step}: {self._end}")
+        return self._any_process(self._end is not None)
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -410,6 +428,7 @@ class Trainer(ABC):
                     "processes": self.accelerator.num_processes,
                     "first_look": self.first_look,
                     "warned": self._warned,
+                    "facts": self.facts(),
                 }
                 (folder / "trainer.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             self.accelerator.wait_for_everyone()
@@ -425,6 +444,12 @@ class Trainer(ABC):
                     f"the {what} are not those that {str(self.config.output)!r} was begun with ({why}); "
                     "restore them to resume, or choose another output"
                 )
+        known, own = about["facts"], self.facts()
+        if changed := [name for name in own if known.get(name, own[name]) != own[name]]:
+            raise InputError(
+                f"the {' and the '.join(changed)} changed since {str(self.config.output)!r} was begun; restore what "
+                "was there to resume, or choose another output"
+            )
         with checkpoint.damage_told():
             self.learner.load(checkpoint.path)
         self.step, self.first_look, self._warned = about["step"], about["first_look"], about["warned"]

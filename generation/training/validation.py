@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmalign.imaging.contact_sheet import draw_contact_sheet
 
-from ..pipelines import denoiser_of
+from ..latents import unpacked
+from ..pipelines import denoiser_of, pipeline_family
 from .configuration import RunConfig
 from .encoding import LatentEncoder, PromptEncoder
 from .sampler import bare_pipeline, embedded
@@ -26,11 +27,18 @@ class Validation:
     """Renders fixed prompts with fixed seeds, one image at a time; embeddings are made once, before the encoders go."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, prompts: PromptEncoder, latents: LatentEncoder, config: RunConfig
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: PromptEncoder,
+        latents: LatentEncoder,
+        config: RunConfig,
+        *,
+        release: bool = True,
     ) -> None:
-        self._config, self._latents = config, latents
+        """`release`: after each rendering the VAE leaves the accelerator; not where training decodes with it."""
+        self._config, self._latents, self._releases = config, latents, release
         self._embeddings = [(text, prompts.encode(text)) for text in config.validation_prompts]
-        self._unconditional = prompts.encode(None)
+        self._unconditional = None if pipeline_family(pipeline) == "flux" else prompts.encode(None)
         self._pipeline = bare_pipeline(pipeline, vae=False)
 
     @torch.no_grad()
@@ -48,7 +56,8 @@ class Validation:
             decoded = (self._latents.decode(latent) / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
             image = Image.fromarray(decoded.permute(1, 2, 0).contiguous().numpy())
             rows.append((text, [(image, title)]))
-        self._latents.release()
+        if self._releases:
+            self._latents.release()
         path.parent.mkdir(exist_ok=True)
         return draw_contact_sheet(rows, path, cell=min(512, max(256, self._config.resolution)))
 
@@ -56,12 +65,14 @@ class Validation:
         dtype = next(denoiser_of(self._pipeline)[1].parameters()).dtype
         guided = embedded(self._pipeline, [embeddings], self._unconditional, device, dtype)
         config = self._config
-        return self._pipeline(
+        side = config.resolution
+        latents = self._pipeline(
             **guided,
             num_inference_steps=config.validation_steps,
             guidance_scale=config.validation_guidance,
-            height=config.resolution,
-            width=config.resolution,
+            height=side,
+            width=side,
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
-        ).images[0]
+        ).images
+        return unpacked(self._pipeline, latents, height=side, width=side)[0]

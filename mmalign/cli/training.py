@@ -185,7 +185,7 @@ def _train_with(trainer: type[Trainer], file: Path | None, quiet: bool, options:
             say(f"probe: {words} {report.first_look[name]:.4g} -> {report.values[name]:.4g}")
     begun = f", resumed at {report.resumed_from:,}" if report.resumed_from else ""
     if report.resumed_from == report.step:
-        begun = ", finished before; raise --steps to go on"
+        begun = ", ended before" if report.ended else ", finished before; raise --steps to go on"
     steps = "1 step" if report.step == 1 else f"{report.step:,} steps"
     say(f"{steps}{begun}; settings, samples and metrics in {report.output}")
     if report.left_out:

@@ -198,7 +198,7 @@ def test_d2_align_learns_a_direction_first_and_reads_it_again(
     drawn.clear()  # another run beside it: the vectors come from the cache; the same run: the direction does
     for output, steps in (("other", 1), ("run", 2)):
         config = D2AlignConfig(**{**given, "output": tmp_path / output, "steps": steps})
-        D2AlignTrainer(config, reward=CosineReward(bundled), held_out={}).train()
+        D2AlignTrainer(config, reward=CosineReward(bundled), held_out={"dark": dark}).train()
     assert drawn == []
 
 
@@ -212,9 +212,14 @@ def test_a_run_ends_where_the_held_out_reward_stays_below_its_best(settings: Any
     report = DRaFTTrainer(config, reward=LeftBright(), held_out={"falling": falling}).train()
     assert report.step == 3  # best at step 1, two looks later it ends
     assert "best at step 1" in report.warnings[-1]
+    assert str(tmp_path / "run" / "best") in str(report.ended)
+    adapter_file = "pytorch_lora_weights.safetensors"
+    kept, last = (load_file(tmp_path / "run" / place / adapter_file) for place in ("best", "export"))
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
     assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
     again = DRaFTTrainer(config, reward=LeftBright(), held_out={"falling": falling}).train()
     assert again.step == 3
+    assert again.values["probe_held_out"] == 0.4
 
 
 def test_warnings_of_a_reward_that_is_exploited() -> None:
