@@ -157,11 +157,19 @@ def test_ddim_is_not_made_of_another_noise_schedule() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"])
-def test_at_another_level_the_network_sees_what_it_would_see_there(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("LMSDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_at_another_level_the_network_sees_what_it_would_see_there(name: str, settings: dict[str, Any]) -> None:
     """Step 3's latents handed to step 0 at step 3's level: the same input, timestep and prediction."""
     made = tiny_pipeline("sdxl")
-    made.scheduler = getattr(diffusers, name).from_config(made.scheduler.config)
+    made.scheduler = getattr(diffusers, name).from_config(made.scheduler.config, **settings)
     steps: list[DenoiserStep] = []
     inputs: list[tuple[torch.Tensor, float]] = []
 
