@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .best_of_n import BestOfN, best_of_n
     from .data import CheckedData, check_data
     from .diversity import compare_prompts, diversity_prompts, measure_diversity
     from .export import export_lora
     from .images import GeneratedImage, read_settings
+    from .latent_scorer import LatentScorer, fit_latent_scorer
     from .lora import add_lora
     from .lora_mixing import mix_adapters
     from .methods import (
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     )
     from .objectives import diffusion_dpo_loss, mapo_loss, reward_weighted_loss
     from .pipelines import load_pipeline
+    from .prompt_revision import RevisionRequest, emphasise_misaligned
     from .reward_gradient import RewardGradientOptions, graded_latents
     from .rewards import (
         CosineReward,
@@ -70,10 +73,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "best_of_n": ["BestOfN", "best_of_n"],
         "data": ["CheckedData", "check_data"],
         "diversity": ["compare_prompts", "diversity_prompts", "measure_diversity"],
         "export": ["export_lora"],
         "images": ["GeneratedImage", "read_settings"],
+        "latent_scorer": ["LatentScorer", "fit_latent_scorer"],
         "lora": ["add_lora"],
         "lora_mixing": ["mix_adapters"],
         "methods": [
@@ -103,6 +108,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "objectives": ["diffusion_dpo_loss", "mapo_loss", "reward_weighted_loss"],
         "pipelines": ["load_pipeline"],
+        "prompt_revision": ["RevisionRequest", "emphasise_misaligned"],
         "reward_gradient": ["RewardGradientOptions", "graded_latents"],
         "rewards": [
             "CosineReward",

@@ -34,7 +34,7 @@ from .partial_runs import PartialRuns, Unfinished, check_step, spatial_latents
 from .pipelines import DEFAULT_MODEL, load_pipeline, pipeline_family
 from .prompt_revision import Misalignments, Revise, RevisionRequest, misaligned_words
 from .rewards import AnyReward, Reward, as_reward
-from .sampling import _name, _settings
+from .sampling import drawn_with, model_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -243,8 +243,8 @@ def best_of_n(
     if pipeline is not model:
         pipeline.vae.enable_slicing()
     options = sampling_options(pipeline, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
-    settings: dict[str, Any] = {**_name(model, pipeline), **({} if unet is None else {"unet": os.fspath(unet)})}
-    settings |= _settings(pipeline, adapters, options) | {"negative_prompt": negative_prompt}
+    settings: dict[str, Any] = {**model_name(model, pipeline), **({} if unet is None else {"unet": os.fspath(unet)})}
+    settings |= drawn_with(pipeline, adapters, options) | {"negative_prompt": negative_prompt}
     if isinstance(scorer, LatentScorer):
         scorer.refuse_other(settings["fingerprints"], judge, [share for share, _ in plan], options)
     _refuse_preview_scale(preview_scale, pipeline, options)

@@ -27,7 +27,7 @@ from .drawing import ImageRequest, SamplingOptions
 from .latents import decode_latents, unit_pixels
 from .noise_levels import Level, NoiseLevels
 from .pipelines import denoiser_of, pipeline_family
-from .steering import DenoiserStep, _replaced, run_steered, scheduler_memory
+from .steering import DenoiserStep, replaced, run_steered, scheduler_memory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -193,7 +193,7 @@ class PartialRuns:
             return {**tensors, "latents": latents}
 
         call = self._call(batch) | {"latents": latents}
-        with self._running(len(batch)), _replaced(denoiser_of(self.pipeline)[1], "forward", idle):
+        with self._running(len(batch)), replaced(denoiser_of(self.pipeline)[1], "forward", idle):
             return self.pipeline(**call, output_type="np", callback_on_step_end=done).images
 
     def _call(self, batch: Sequence[Unfinished]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .pipelines import DEFAULT_MODEL, denoiser_of, load_pipeline, pipeline_finge
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["generate", "generate_again", "generate_each"]
+__all__ = ["drawn_with", "generate", "generate_again", "generate_each", "model_name"]
 
 _BATCH_SIZE = 4
 
@@ -141,8 +141,8 @@ def generate_each(
         if pipeline is not model:
             pipeline.vae.enable_slicing()
         options = sampling_options(pipeline, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
-        name = _name(model, pipeline) | ({} if unet is None else {"unet": os.fspath(unet)})
-        settings = name | _settings(pipeline, adapters, options)
+        name = model_name(model, pipeline) | ({} if unet is None else {"unet": os.fspath(unet)})
+        settings = name | drawn_with(pipeline, adapters, options)
         with contextlib.ExitStack() as stack:
             stack.enter_context(borrowed(pipeline))
             stack.enter_context(adapters_applied(pipeline, adapters))
@@ -245,13 +245,15 @@ def _finish(
     return finished
 
 
-def _name(model: str | os.PathLike[str] | DiffusionPipeline, pipeline: DiffusionPipeline) -> dict[str, str]:
+def model_name(model: str | os.PathLike[str] | DiffusionPipeline, pipeline: DiffusionPipeline) -> dict[str, str]:
+    """How an image's settings call the model that was asked for."""
     if isinstance(model, (str, os.PathLike)):
         return {"model": os.fspath(model)}
     return {"model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)}
 
 
-def _settings(pipeline: DiffusionPipeline, adapters: Sequence[Adapter], options: SamplingOptions) -> dict[str, Any]:
+def drawn_with(pipeline: DiffusionPipeline, adapters: Sequence[Adapter], options: SamplingOptions) -> dict[str, Any]:
+    """An image's settings beside model, prompts and seed."""
     return {
         "fingerprints": pipeline_fingerprints(pipeline),
         "adapters": [adapter.to_dict() for adapter in adapters],

@@ -26,7 +26,7 @@ from .pipelines import denoiser_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Denoise", "DenoiserStep", "run_steered", "scheduler_memory"]
+__all__ = ["Denoise", "DenoiserStep", "replaced", "run_steered", "scheduler_memory"]
 
 # Called in place of the denoiser: (number of the step, the denoiser, its arguments) -> what the denoiser returns.
 Denoise = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -128,9 +128,9 @@ def run_steered(
     scales = level is not None and hasattr(scheduler, "scale_model_input")  # those of rectified flows have none
     undecorated = inspect.unwrap(type(pipeline).__call__)
     with (
-        _replaced(network, "forward", forward),
-        _replaced(scheduler, "step", step),
-        _replaced(scheduler, "scale_model_input", scaled) if scales else nullcontext(),
+        replaced(network, "forward", forward),
+        replaced(scheduler, "step", step),
+        replaced(scheduler, "scale_model_input", scaled) if scales else nullcontext(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own
@@ -160,7 +160,7 @@ def scheduler_memory(scheduler: Any, rows: Tensor | None = None) -> dict[str, An
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """A method of one object replaced by `function(original, ...)`; what was there comes back, whatever happens."""
     before, original = vars(owner).get(name), getattr(owner, name)
     # pipelines read the signature to know what a scheduler takes

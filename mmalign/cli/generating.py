@@ -10,7 +10,23 @@ import typer
 
 from mmalign.errors import InputError
 
-from .options import Device, print_paths, say
+from .options import (
+    Adapters,
+    AdapterWeights,
+    Device,
+    DrawnTogether,
+    Dtype,
+    FirstSeed,
+    GeneratorModel,
+    Guidance,
+    Height,
+    NegativePrompt,
+    Steps,
+    Unet,
+    Width,
+    print_paths,
+    say,
+)
 
 __all__ = ["generate", "refuse_grid"]
 
@@ -20,40 +36,23 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option(help="More prompts, one a line (or JSON lines with `prompt`).")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A hub id, a pipeline's folder, a .safetensors file, or tiny:sdxl (random weights, to try things "
-            "out). (default: SDXL base 1.0 of stabilityai)",
-        ),
-    ] = None,
-    unet: Annotated[
-        str | None, typer.Option(help="Another UNet: the export/unet folder of `mmalign train --adaptation full`.")
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", "-a", help="A LoRA: file, folder, run or hub id; may repeat."),
-    ] = None,
-    adapter_weight: Annotated[
-        list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to move away from.")] = None,
+    model: GeneratorModel = None,
+    unet: Unet = None,
+    adapter: Adapters = None,
+    adapter_weight: AdapterWeights = None,
+    negative_prompt: NegativePrompt = None,
     images_per_prompt: Annotated[
         int, typer.Option("--images-per-prompt", "-k", min=1, help="Images of each prompt.")
     ] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("generated"),
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn together. (default: 4)")] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: random)")
-    ] = None,
+    dtype: Dtype = "auto",
+    batch_size: DrawnTogether = None,
+    seed: FirstSeed = None,
     grid: Annotated[Path | None, typer.Option(help="Also draw all images into this picture (.png, .jpg).")] = None,
     settings: Annotated[
         Path | None, typer.Option(help="Draw nothing: print what this saved image was made from, as JSON.")

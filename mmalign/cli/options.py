@@ -19,20 +19,32 @@ __all__ = [
     "INTERRUPTED",
     "NO_RESULT",
     "PARTIAL",
+    "AdapterWeights",
+    "Adapters",
     "AsJson",
     "AsNull",
     "AsPaths",
     "Count",
     "Device",
+    "DrawnTogether",
+    "Dtype",
     "Encoder",
+    "FirstSeed",
+    "GeneratorModel",
     "Grid",
+    "Guidance",
+    "Height",
     "IndexArgument",
     "IndexOrHere",
     "MinMatch",
     "MinScore",
+    "NegativePrompt",
     "Out",
     "Quiet",
+    "Steps",
+    "Unet",
     "Where",
+    "Width",
     "index_here",
     "one_output",
     "print_paths",
@@ -87,6 +99,36 @@ AsPaths = Annotated[bool, typer.Option("--paths", "-p", help="Print paths only, 
 AsNull = Annotated[bool, typer.Option("--null", "-0", help="As --paths, ended by NUL, for xargs -0 and odd names.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Grid = Annotated[Path | None, typer.Option(help="Draw the results into this picture (.png, .jpg).")]
+
+
+# Of drawing.
+GeneratorModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A hub id, a pipeline's folder, a .safetensors file, or tiny:sdxl (random weights, to try things "
+        "out). (default: SDXL base 1.0 of stabilityai)",
+    ),
+]
+Unet = Annotated[
+    str | None, typer.Option(help="Another UNet: the export/unet folder of `mmalign train --adaptation full`.")
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="A LoRA: file, folder, run or hub id; may repeat."),
+]
+AdapterWeights = Annotated[
+    list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to move away from.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's own)")]
+Guidance = Annotated[float | None, typer.Option(help="How strongly to follow the prompt. (default: the model's own)")]
+Height = Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")]
+Width = Annotated[int | None, typer.Option(help="In pixels. (default: the model's own)")]
+DrawnTogether = Annotated[int | None, typer.Option(min=1, help="Images drawn together. (default: 4)")]
+FirstSeed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the first image, the next ones count on. (default: random)")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 def print_paths(paths: Iterable[Path], end: str) -> None:
