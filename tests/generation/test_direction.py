@@ -21,11 +21,9 @@ from generation.rewards.direction import (
     DirectionFit,
     RewardDirection,
     fit_reward_direction,
-    guided_reward,
-    guided_text_embeds,
     learn_reward_direction,
-    matched_gap,
 )
+from generation.rewards.guided_texts import guided_reward, guided_text_embeds, matched_gap
 from mmalign import Encoder
 from mmalign.errors import EncoderMismatchError, InputError, NonFiniteLossError
 

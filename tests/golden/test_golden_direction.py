@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.rewards.direction import DirectionFit, guided_reward, guided_text_embeds
+from generation.rewards.direction import DirectionFit
+from generation.rewards.guided_texts import guided_reward, guided_text_embeds
 
 # None is stated for float32: a few dozen roundings on values of the order of 1.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
