@@ -183,14 +183,14 @@ def test_scores_follow_the_image_vector(clip: Encoder, files: list[Path]) -> Non
     ((words, scores, cosine),) = attributed_words(clip, row, CAPTIONS[1:2])
     weights = torch.linspace(-1, 1, len(words))
     (slope,) = torch.autograd.grad(scores @ weights, row, retain_graph=True)
-    step = 0.1 * torch.nn.functional.normalize(torch.randn(row.shape, generator=torch.Generator().manual_seed(1)))
+    step = 0.03 * torch.nn.functional.normalize(torch.randn(row.shape, generator=torch.Generator().manual_seed(1)))
 
     def at(vector: Tensor) -> Tensor:
         ((_, scores, _),) = attributed_words(clip, vector.detach(), CAPTIONS[1:2])
         assert not scores.requires_grad
         return scores @ weights
 
-    assert float(at(row + step) - at(row - step)) / 2 == pytest.approx(float((slope * step).sum()), rel=0.02)
+    assert float(at(row + step) - at(row - step)) / 2 == pytest.approx(float((slope * step).sum()), rel=0.05)
     assert torch.autograd.grad(cosine, row)[0].abs().sum() > 0
 
 
