@@ -136,6 +136,8 @@ def mix_adapters(
     if target.suffix != ".safetensors":
         raise InputError(f"out is {str(target)!r}; give a path that ends in .safetensors")
     found = find_adapters(adapters, weights)
+    if any(adapter.file.resolve() == target.resolve() for adapter in found):
+        raise InputError(f"out {str(target)!r} is one of the adapters, which would be lost; give another file")
     used = [adapter for adapter in found if adapter.weight]
     if not used:
         raise InputError("no adapter has a weight other than 0, so that there is nothing to mix; give one a weight")

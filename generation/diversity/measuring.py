@@ -113,7 +113,7 @@ def measure_diversity(
     images: Iterable[Any],
     groups: Sequence[Hashable] | None = None,
     *,
-    encoder: Encoder | None = None,
+    encoder: Encoder | str | None = None,
     reference: Iterable[Any] | Float[np.ndarray, "m dim"] | None = None,
     reference_test: Iterable[Any] | Float[np.ndarray, "k dim"] | None = None,
     queries: int | None = None,
@@ -134,7 +134,7 @@ def measure_diversity(
         images: paths, Pillow images, generated images, float tensors `3 height width` in [0, 1] and whatever else
             `mmalign.imaging.read_image` takes. All are measured at 8 bits, as they would be saved.
         groups: the prompt of each image. `None`: generated images have theirs, all others are of one prompt.
-        encoder: of images. `None` leaves out what needs embeddings.
+        encoder: of images, or what `load_encoder` takes. `None` leaves out what needs embeddings.
         reference: real images, or their embeddings by the same encoder, for coverage (ASC).
         reference_test: other real ones to compare with. `None` holds out a half of `reference`, by chance.
         queries: at most so many generated images, and as many test images, enter coverage; give the same number for
@@ -155,6 +155,10 @@ def measure_diversity(
     items = list(images)
     at_least("resamples", resamples, 0)
     at_least("queries", queries, 2)
+    if isinstance(encoder, str):
+        from mmalign.encoders import load_encoder
+
+        encoder = load_encoder(encoder)
     if reference is not None and encoder is None:
         raise InputError("reference images are given without an encoder; give one, or leave them out")
     if reference_test is not None and reference is None:

@@ -48,6 +48,7 @@ __all__ = [
     "index_here",
     "one_output",
     "print_paths",
+    "refuse_inputs",
     "say",
     "say_if_unfinished",
 ]
@@ -137,6 +138,12 @@ def print_paths(paths: Iterable[Path], end: str) -> None:
     for path in paths:
         sys.stdout.buffer.write(os.fsencode(path) + end.encode())
     sys.stdout.buffer.flush()
+
+
+def refuse_inputs(option: str, written: Path | None, inputs: Iterable[Path]) -> None:
+    """Refuse to write over what is read."""
+    if written is not None and written.resolve() in {path.resolve() for path in inputs}:
+        raise InputError(f"{option} {written} is one of the inputs, which would be lost; give another name")
 
 
 def say(line: str) -> None:

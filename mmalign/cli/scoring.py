@@ -13,7 +13,7 @@ import typer
 from mmalign.errors import InputError
 
 from .generating import refuse_grid
-from .options import PARTIAL, Device, Grid, Quiet, say
+from .options import PARTIAL, Device, Grid, Quiet, refuse_inputs, say
 
 if TYPE_CHECKING:
     from generation.rewards import ScoreTable
@@ -111,6 +111,9 @@ def score(
         files = [*captions]
     if not files and not problems:
         raise InputError("there are no images; give files or folders: mmalign score generated/")
+    read = [*files, *([] if prompts is None else [*prompts.iterdir()] if prompts.is_dir() else [prompts])]
+    refuse_inputs("--out", out, read)
+    refuse_inputs("--grid", grid, read)
     specs = [*dict.fromkeys(reward or ["clipscore"])]
     rewards = column_names([(spec, load_rewards(spec, device=device, dtype=dtype)) for spec in specs])
     own = prompt if captions is None else [captions.get(file.resolve()) for file in files]

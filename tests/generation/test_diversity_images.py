@@ -377,3 +377,9 @@ def test_faces_are_a_matrix(tmp_path: Path) -> None:
 
 def test_reports_know_their_images() -> None:
     assert DiversityReport({}, {}, {}, {"a": 2, "b": 5}).images == 7
+
+
+def test_an_encoder_may_be_named(bundled: Encoder, photos: Path) -> None:
+    files = sorted(photos.glob("*.jpg"))[:3]
+    named, given = (measure_diversity(files, encoder=one).to_dict() for one in ("bundled", bundled))
+    assert named == given

@@ -264,3 +264,12 @@ def test_what_cannot_be_mixed(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 adapter weights for 1 adapters"):
         mix_adapters([files["plain"]], [1.0, 2.0], out)
     assert not out.exists()
+
+
+def test_an_adapter_is_not_written_over_by_its_mix(files: dict[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(next(iter(files.values())).read_bytes())
+    before = own.read_bytes()
+    with pytest.raises(InputError, match="is one of the adapters"):
+        mix_adapters(own, 0.5, own)
+    assert own.read_bytes() == before

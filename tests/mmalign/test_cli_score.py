@@ -215,3 +215,14 @@ def test_errors_are_one_line(run: Run, drawn: Path, tmp_path: Path, arguments: t
     assert (code, out) == (1, "")
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert message in line
+
+
+def test_what_is_read_is_not_written_over(run: Run, drawn: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text('{"file": "generated/0.png", "caption": "black"}\n', encoding="utf-8")
+    for option, target in (("--out", captions), ("--grid", drawn / "0.png")):
+        before = target.read_bytes()
+        code, _, err = run(drawn / "0.png", "-r", "redness", "--prompts", captions, option, target, "-q")
+        assert code == 1
+        assert "is one of the inputs" in err
+        assert target.read_bytes() == before
