@@ -30,9 +30,10 @@ from .adapters import adapters_applied, find_adapters
 from .drawing import ImageRequest, SamplingOptions, borrowed, plan_requests, sampling_options
 from .images import GeneratedImage, refuse_folder, saved_or_free
 from .latent_scorer import LatentScorer
-from .partial_runs import PartialRuns, Unfinished, check_step, spatial_latents
+from .latents import unpacked
+from .partial_runs import PartialRuns, Unfinished, check_step
 from .pipelines import DEFAULT_MODEL, load_pipeline, pipeline_family
-from .prompt_revision import Misalignments, Revise, RevisionRequest, misaligned_words
+from .prompt_revision import Misalignments, Revise, RevisionRequest, emphasise_misaligned, misaligned_words
 from .rewards import AnyReward, Reward, as_reward
 from .sampling import drawn_with, model_name
 
@@ -231,7 +232,6 @@ def best_of_n(
         at_least(name, value)
     at_least("batch_size", batch_size)
     plan = _plan(check_at, survivors, n, keep)
-    _refuse_misfits(plan, scorer, rounds, revise)
     requests = plan_requests(prompt, negative_prompt=negative_prompt, images_per_prompt=n * rounds, seed=seed)
     if len({request.seed for request in requests}) < len(requests):
         raise InputError("some seeds are equal, and so would be their images; give different ones")
@@ -239,6 +239,7 @@ def best_of_n(
     if out is not None:
         refuse_folder(Path(out))
     judge = _judge(reward, device)
+    _refuse_misfits(plan, scorer, rounds, revise, misalignments, judge)
     pipeline = load_pipeline(model, device=device, dtype=dtype, unet=unet)
     if pipeline is not model:
         pipeline.vae.enable_slicing()
@@ -384,7 +385,7 @@ class _Search:
             scores = self.reward(self.runs.preview(estimates, self.preview_scale), self.prompt)
         else:
             options = self.runs.options
-            latents = spatial_latents(self.runs.pipeline, estimates, options.height, options.width)
+            latents = unpacked(self.runs.pipeline, estimates, height=options.height, width=options.width)
             scores = self.scorer(latents, self.prompt)
         return self._checked(scores, batch, f"after {batch[0].steps} of {self.runs.total} steps")
 
@@ -429,10 +430,20 @@ def _plan(
 
 
 def _refuse_misfits(
-    plan: Sequence[tuple[float, int]], scorer: Scorer | None, rounds: int, revise: Revise | None
+    plan: Sequence[tuple[float, int]],
+    scorer: Scorer | None,
+    rounds: int,
+    revise: Revise | None,
+    misalignments: Misalignments | None,
+    judge: Reward,
 ) -> None:
     if scorer is not None and not plan:
         raise InputError("a scorer is given but check_at is None; give check_at, such as 0.4, or leave it out")
+    if rounds > 1 and not judge.uses_text and revise is emphasise_misaligned and misalignments is None:
+        raise InputError(
+            f"rounds is {rounds} and the reward {judge.name} does not see the prompt, so no word can be emphasised; "
+            "give a reward that does, or a larger n"
+        )
     if rounds > 1 and revise is None:
         raise InputError(f"rounds is {rounds} without revise; give one, such as emphasise_misaligned, or a larger n")
     if revise is not None and rounds == 1:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import nn
 
@@ -26,7 +27,17 @@ from .pipelines import denoiser_of, pipeline_family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["ImageRequest", "SamplingOptions", "borrowed", "draw", "plan_requests", "sampling_options"]
+__all__ = [
+    "ImageRequest",
+    "SamplingOptions",
+    "borrowed",
+    "draw",
+    "memory_told",
+    "negative_prompts",
+    "plan_requests",
+    "refuse_nan",
+    "sampling_options",
+]
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -137,36 +148,64 @@ def draw(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], options:
     Raises:
         InputError: negative prompts without effect, too little memory, or an image that came out as NaN.
     """
-    negatives = {"negative_prompt": [request.negative_prompt for request in requests]}
+    negatives = negative_prompts(pipeline, requests, options)
+    with memory_told(pipeline, options, len(requests)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own
+        pixels = pipeline(
+            prompt=[request.prompt for request in requests],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            height=options.height,
+            width=options.width,
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+            output_type="np",
+            **negatives,
+        ).images
+    refuse_nan(pipeline, requests, pixels)
+    return pipeline.image_processor.numpy_to_pil(pixels)
+
+
+def negative_prompts(
+    pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], options: SamplingOptions
+) -> dict[str, list[str | None]]:
+    """The argument of a pipeline's call, where the requests have negative prompts.
+
+    Raises:
+        InputError: they would have no effect.
+    """
     if requests[0].negative_prompt is None:
-        negatives = {}
-    elif pipeline_family(pipeline) == "flux":
+        return {}
+    if pipeline_family(pipeline) == "flux":
         raise InputError("FLUX takes no negative prompt, as its guidance is distilled into it; leave it out")
-    elif options.guidance_scale <= 1:
+    if options.guidance_scale <= 1:
         raise InputError(
             f"negative_prompt has no effect at guidance_scale {options.guidance_scale:g}; give more than 1, or leave "
             "it out"
         )
+    return {"negative_prompt": [request.negative_prompt for request in requests]}
+
+
+@contextlib.contextmanager
+def memory_told(pipeline: DiffusionPipeline, options: SamplingOptions, count: int) -> Iterator[None]:
+    """While `count` images are drawn together: a full device is told with the ways out.
+
+    Raises:
+        InputError: instead of torch's OutOfMemoryError.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own
-            pixels = pipeline(
-                prompt=[request.prompt for request in requests],
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                height=options.height,
-                width=options.width,
-                generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-                output_type="np",
-                **negatives,
-            ).images
+        yield
     except torch.OutOfMemoryError:
-        count = len(requests)
         raise InputError(
             f"{count} images of {options.width} x {options.height} together do not fit in the memory of "
             f"{pipeline.device}; "
             + (f"give batch_size {count // 2}" if count > 1 else "give a smaller size or bfloat16")
         ) from None
+
+
+def refuse_nan(
+    pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], pixels: Float[np.ndarray, "n height width 3"]
+) -> None:
+    """Raise InputError where an image came out as NaN."""
     for request, image in zip(requests, pixels, strict=True):
         if not np.isfinite(image).all():
             dtype = str(denoiser_of(pipeline)[1].dtype).removeprefix("torch.")
@@ -174,7 +213,6 @@ def draw(pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], options:
                 f"image {request.number} (seed {request.seed}) came out as NaN in {dtype}; give dtype bfloat16 or "
                 "float32, or a VAE made for float16"
             )
-    return pipeline.image_processor.numpy_to_pil(pixels)
 
 
 def _texts(prompts: object) -> list[str]:

@@ -23,11 +23,12 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, normali
 
 from mmalign.checks import at_least
 from mmalign.errors import InputError, reason_of
-from mmalign.files import save_tensors, whole_file
+from mmalign.files import load_tensors, save_tensors, whole_file
 from mmalign.progress import progress_bar
 
 from .drawing import SamplingOptions, borrowed, plan_requests, sampling_options
-from .partial_runs import PartialRuns, Unfinished, check_step, spatial_latents
+from .latents import unpacked
+from .partial_runs import PartialRuns, Unfinished, check_step
 from .pipelines import load_pipeline, pipeline_fingerprints, quiet_diffusers
 from .rewards import AnyReward, Reward, as_reward
 
@@ -152,18 +153,11 @@ class LatentScorer:
         Raises:
             InputError: there is no such file, or it is damaged or another one.
         """
-        from safetensors import SafetensorError, safe_open
-
         name = os.fspath(path)
+        tensors, about = load_tensors(path, _FORMAT, "fit it again")
         try:
-            with safe_open(name, "pt") as file:
-                about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"scorer {name!r} cannot be read ({reason_of(error)}); fit it again") from None
-        if about.get("format") != _FORMAT:
-            raise InputError(f"{name!r} holds no latent scorer; give a file of LatentScorer.save")
-        try:
-            return cls(**{key: tensors[key] for key in _TENSORS}, **json.loads(about["scorer"]))
+            values: dict[str, Any] = {**{key: tensors[key] for key in _TENSORS}, **json.loads(about["scorer"])}
+            return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"scorer {name!r} is damaged ({reason_of(error)}); fit it again") from None
 
@@ -226,7 +220,7 @@ def fit_latent_scorer(
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             halfway, estimates = runs.advance([Unfinished(request) for request in batch], step)
-            latents = spatial_latents(pipeline, estimates, options.height, options.width)
+            latents = unpacked(pipeline, estimates, height=options.height, width=options.width)
             if not len(filters):
                 filters, biases = _random_filters(latents.shape[1])
             features.append(latent_features(latents, filters, biases))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from .pipelines import pipeline_family
@@ -13,7 +14,7 @@ from .pipelines import pipeline_family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["decode_latents", "latent_scaling", "unit_pixels", "unpacked"]
+__all__ = ["decode_latents", "latent_scaling", "to_picture", "unit_pixels", "unpacked"]
 
 
 def latent_scaling(
@@ -64,3 +65,8 @@ def unpacked(
 def unit_pixels(decoded: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 3 height width"]:
     """From the VAE's [-1, 1] to the [0, 1] that rewards see; the clamp stops the gradient of saturated pixels."""
     return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+def to_picture(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
+    """Pixels in [0, 1], on the CPU, rounded to 256 levels."""
+    return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())

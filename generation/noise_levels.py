@@ -7,7 +7,7 @@ that one-step estimates, re-noising and Direct-Align are the same few lines for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.errors import InputError
 
-__all__ = ["Level", "NoiseLevels", "ddim_like", "plain_scheduler"]
+__all__ = ["Level", "NoiseLevels", "ddim_like", "plain_scheduler", "refuse_edm"]
 
 
 class Level(NamedTuple):
@@ -47,7 +47,7 @@ class NoiseLevels:
         Raises:
             InputError: a scheduler whose levels are not known here, or one of EDM's kind.
         """
-        _refuse_edm(scheduler)
+        refuse_edm(scheduler.config)
         config, name = scheduler.config, type(scheduler).__name__
         times = [float(time) for time in scheduler.timesteps]
         if len(set(times)) != len(times):
@@ -128,7 +128,7 @@ def ddim_like(scheduler: Any, **settings: Any) -> Any:
     """
     from diffusers import DDIMScheduler
 
-    _refuse_edm(scheduler)
+    refuse_edm(scheduler.config)
     if _is_flow(scheduler):
         name = type(scheduler).__name__
         raise InputError(f'{name} is of a rectified flow, which DDIM is not; keep it (sampler "own" of a training run)')
@@ -149,11 +149,15 @@ def _is_flow(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def _refuse_edm(scheduler: Any) -> None:
-    if "sigma_data" in scheduler.config:  # its config says epsilon or v_prediction as well, in another scaling
+def refuse_edm(config: Mapping[str, Any]) -> None:
+    """Raise InputError for the settings of a scheduler of EDM's kind.
+
+    They say epsilon or v_prediction as well, in another scaling.
+    """
+    if "sigma_data" in config:
         raise InputError(
-            f"{type(scheduler).__name__} is of EDM's kind (Playground 2.5, CosXL), whose noise and inputs are scaled "
-            "otherwise; use SDXL, SD 1.5 or a fine-tune of those"
+            "the model is one of EDM's kind (Playground 2.5, CosXL), whose noise and inputs are scaled otherwise; "
+            "use SDXL, SD 1.5 or a fine-tune of those"
         )
 
 

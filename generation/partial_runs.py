@@ -23,8 +23,8 @@ from torch.nn.functional import avg_pool2d
 
 from mmalign.errors import InputError
 
-from .drawing import ImageRequest, SamplingOptions
-from .latents import decode_latents, unit_pixels
+from .drawing import ImageRequest, SamplingOptions, memory_told, negative_prompts, refuse_nan
+from .latents import decode_latents, unit_pixels, unpacked
 from .noise_levels import Level, NoiseLevels
 from .pipelines import denoiser_of, pipeline_family
 from .steering import DenoiserStep, replaced, run_steered, scheduler_memory
@@ -32,7 +32,7 @@ from .steering import DenoiserStep, replaced, run_steered, scheduler_memory
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["PartialRuns", "Unfinished", "check_step", "spatial_latents"]
+__all__ = ["PartialRuns", "Unfinished", "check_step"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,13 +124,7 @@ class PartialRuns:
         """
         latents = self._run(batch, _copies(batch), None, None)
         pixels = self._decoded(batch, latents)
-        for one, image in zip(batch, pixels, strict=True):
-            if not np.isfinite(image).all():
-                dtype = str(denoiser_of(self.pipeline)[1].dtype).removeprefix("torch.")
-                raise InputError(
-                    f"image {one.request.number} (seed {one.request.seed}) came out as NaN in {dtype}; give dtype "
-                    "bfloat16 or float32, or a VAE made for float16"
-                )
+        refuse_nan(self.pipeline, [one.request for one in batch], pixels)
         return self.pipeline.image_processor.numpy_to_pil(pixels)
 
     @torch.no_grad()
@@ -143,7 +137,8 @@ class PartialRuns:
         """
         pipeline, height, width = self.pipeline, self.options.height // scale, self.options.width // scale
         if scale > 1:
-            spatial = avg_pool2d(spatial_latents(pipeline, estimates, self.options.height, self.options.width), scale)
+            whole = unpacked(pipeline, estimates, height=self.options.height, width=self.options.width)
+            spatial = avg_pool2d(whole, scale)
             estimates = spatial
             if pipeline_family(pipeline) == "flux":
                 estimates = pipeline._pack_latents(spatial, *spatial.shape)
@@ -206,29 +201,13 @@ class PartialRuns:
             "width": options.width,
             "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
         }
-        if requests[0].negative_prompt is None:
-            return call
-        if pipeline_family(self.pipeline) == "flux":
-            raise InputError("FLUX takes no negative prompt, as its guidance is distilled into it; leave it out")
-        if options.guidance_scale <= 1:
-            raise InputError(
-                f"negative_prompt has no effect at guidance_scale {options.guidance_scale:g}; give more than 1, or "
-                "leave it out"
-            )
-        return call | {"negative_prompt": [request.negative_prompt for request in requests]}
+        return call | negative_prompts(self.pipeline, requests, options)
 
     @contextmanager
     def _running(self, count: int) -> Iterator[None]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own
-                yield
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"{count} images of {self.options.width} x {self.options.height} together do not fit in the memory of "
-                f"{self.pipeline.device}; "
-                + (f"give batch_size {count // 2}" if count > 1 else "give a smaller size or bfloat16")
-            ) from None
+        with memory_told(self.pipeline, self.options, count), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers warns about calls that are its own
+            yield
 
 
 def check_step(share: float, total: int) -> int:
@@ -242,15 +221,6 @@ def check_step(share: float, total: int) -> int:
     if total < 2:
         raise InputError(f"there is nothing to check on the way of {total} step; give more steps, or check_at None")
     return min(max(round(share * total), 1), total - 1)
-
-
-def spatial_latents(
-    pipeline: DiffusionPipeline, latents: Float[Tensor, "n ..."], height: int, width: int
-) -> Float[Tensor, "n channels h w"]:
-    """Latents with their places in two axes: FLUX's are unpacked, others are so already; sizes in pixels."""
-    if pipeline_family(pipeline) == "flux":
-        return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-    return latents
 
 
 def _level(scheduler: Any, number: int) -> tuple[NoiseLevels, Level]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import InputError, reason_of
 
-__all__ = ["save_tensors", "sha256_of", "whole_file", "whole_folder"]
+__all__ = ["load_tensors", "save_tensors", "sha256_of", "whole_file", "whole_folder"]
 
 
 @contextlib.contextmanager
@@ -86,6 +86,30 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     path.chmod(0o644)
     if metadata and len(metadata) > 1:
         _sort_metadata(path)
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that `save_tensors` wrote with `format` in its metadata.
+
+    Args:
+        path: of the file.
+        kind: what `format` has to be: "mmalign NAME VERSION".
+        remedy: what to do where the file is not to be read.
+
+    Raises:
+        InputError: there is no such file, or it is damaged or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = " ".join(kind.split()[1:-1])
+    try:
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{name} {os.fspath(path)!r} cannot be read ({reason_of(error)}); {remedy}") from None
+    if about.get("format") != kind:
+        raise InputError(f"{os.fspath(path)!r} holds no {name}; give a file that was saved as one")
+    return tensors, about
 
 
 def _sort_metadata(path: Path) -> None:

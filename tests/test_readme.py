@@ -57,3 +57,23 @@ def test_joining_encoders(
     assert whole.encode_texts(["a dog"]).shape == (1, whole.dim)
     index = ImageIndex.from_vectors(made["sounds"], "sounds", encoder="words")
     assert len(index.search("rain on a roof", k=3)) == 3
+
+
+def test_rewards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a tiny pipeline, in few and small steps."""
+    block = python_block("## Score, pick and align")
+    for plain, small in (
+        ("n=16, keep=2,", 'n=6, keep=2, model="tiny:sdxl", steps=4,'),
+        (
+            'output="runs/fox",',
+            'output="runs/fox", model="tiny:sdxl", resolution=64, sampling_steps=2, steps=1, accumulation=1,',
+        ),
+    ):
+        assert plain in block
+        block = block.replace(plain, small)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a fox\na boat\n", encoding="utf-8")
+    exec(block, {"__name__": "pasted"})
+    out = capsys.readouterr().out
+    assert "% of the network calls saved" in out
+    assert "within_prompt_similarity" in out

@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 
 from mmalign.checks import at_least, in_range
 from mmalign.errors import EncoderMismatchError, InputError, NonFiniteLossError, reason_of
-from mmalign.files import save_tensors, whole_file
+from mmalign.files import load_tensors, save_tensors, whole_file
 from mmalign.fingerprint import tensor_digest
 from mmalign.plotting import name_axes, new_figure, save_figure
 from mmalign.progress import progress_bar
@@ -122,16 +122,8 @@ class RewardDirection:
         Raises:
             InputError: there is no such file, or it is damaged or another one.
         """
-        from safetensors import SafetensorError, safe_open
-
         name = os.fspath(path)
-        try:
-            with safe_open(name, "pt") as file:
-                about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"direction {name!r} cannot be read ({reason_of(error)}); learn it again") from None
-        if about.get("format") != _FORMAT or "b" not in tensors:
-            raise InputError(f"{name!r} holds no reward direction; give a file of RewardDirection.save")
+        tensors, about = load_tensors(path, _FORMAT, "learn it again")
         try:
             found = json.loads(about["direction"])
             direction = cls(tensors["b"], **{**found, "curve": tuple(found["curve"])})

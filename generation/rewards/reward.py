@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, MMAlignError, reason_of
 from mmalign.imaging import read_image
 
 __all__ = ["AnyReward", "Reward", "as_reward"]
@@ -108,7 +109,16 @@ class _CallableReward(Reward):
         self.fingerprint = getattr(function, "fingerprint", None)
 
     def score(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
-        return self._function(images, prompts)
+        try:
+            return self._function(images, prompts)
+        except (MMAlignError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(
+                f"reward {self.name!r} failed at {place.filename}:{place.lineno} ({type(error).__name__}: "
+                f"{reason_of(error)}); mend it there"
+            ) from error
 
 
 def _pixels(image: Any) -> Float[Tensor, "3 height width"]:

@@ -169,8 +169,8 @@ def refuse_suffix(path: Path) -> None:
 
 
 def column_names(rewards: Sequence[tuple[str, Reward]]) -> dict[str, Reward]:
-    """Rewards by name; by spec where two have one name."""
-    count = Counter(reward.name for _, reward in rewards)
+    """Rewards by name; by spec where two have one name, or a column of the table has it."""
+    count = Counter(["rank", "path", "prompt", *(reward.name for _, reward in rewards)])
     return {reward.name if count[reward.name] == 1 else spec: reward for spec, reward in rewards}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmalign.errors import InputError
 
+from ..noise_levels import refuse_edm
 from ..objectives import min_snr_weights
 
 __all__ = ["Batch", "Conditioning", "Denoiser"]
@@ -76,11 +77,7 @@ class Denoiser:
         """Raises InputError for a model that predicts neither noise nor velocity, or is scaled as in EDM."""
         from diffusers import DDPMScheduler
 
-        if "sigma_data" in scheduler_config:  # their config says epsilon or v_prediction as well, in another scaling
-            raise InputError(
-                "the model is one of EDM's kind (Playground 2.5, CosXL), whose noise and inputs are scaled otherwise; "
-                "train SDXL, SD 1.5 or a fine-tune of those"
-            )
+        refuse_edm(scheduler_config)
         self.network = network
         self.schedule = DDPMScheduler.from_config(scheduler_config)
         self.prediction_type: str = self.schedule.config.prediction_type

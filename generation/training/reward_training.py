@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from mmalign.encoders import load_encoder
 from mmalign.errors import InputError
 from mmalign.imaging.contact_sheet import draw_contact_sheet
 from mmalign.metrics import HIGHER_IS_MORE_DIVERSE, diversity_values
 
 from ..drawing import sampling_options
-from ..latents import decode_latents, unit_pixels
-from ..noise_levels import ddim_like
+from ..latents import decode_latents, to_picture, unit_pixels
+from ..noise_levels import ddim_like, refuse_edm
 from ..pipelines import pipeline_family, quiet_diffusers
 from ..prompts import read_prompts
 from ..rewards import EmbeddingReward, Reward, WeightedSum, as_reward, load_rewards
@@ -161,6 +161,9 @@ class RewardTrainer(Trainer):
         self.reward = as_reward(self._given) if self._given is not None else self._loaded(config.reward)
         self.check_reward()
         self.held_out = self._load_held_out()
+        self._diversity_encoder = None
+        if config.diversity_encoder is not None:
+            self._diversity_encoder = load_encoder(config.diversity_encoder, device=device)
         pipeline = self.load_pipeline()
         self._tell_of_long_prompts(pipeline, [*prompts, *self.probe_prompts])
         encoder = PromptEncoder(pipeline, device)
@@ -206,11 +209,7 @@ class RewardTrainer(Trainer):
         """
         config, device = self.config, self.accelerator.device
         sampling_options(pipeline, height=config.resolution, width=config.resolution)
-        if "sigma_data" in pipeline.scheduler.config:
-            raise InputError(
-                "the model is one of EDM's kind (Playground 2.5, CosXL), whose noise is scaled otherwise; train SDXL, "
-                "SD 1.5, SD 3, FLUX or a fine-tune of those"
-            )
+        refuse_edm(pipeline.scheduler.config)
         if config.sampler == "own" and "PNDM" in type(pipeline.scheduler).__name__:
             raise InputError("the pipeline's own sampler, PNDM, goes to a timestep twice; set sampler to ddim")
         diffusion = pipeline_family(pipeline) in ("sdxl", "sd15")
@@ -380,11 +379,7 @@ class RewardTrainer(Trainer):
 
     def _embeds(self, images: Sequence[Float[Tensor, "3 h w"]]) -> Float[np.ndarray, "n dim"] | None:
         """Vectors that diversity is measured with, or `None` where no encoder is at hand."""
-        if self.config.diversity_encoder is not None:
-            from mmalign import load_encoder
-
-            if not hasattr(self, "_diversity_encoder"):
-                self._diversity_encoder = load_encoder(self.config.diversity_encoder, device=self.accelerator.device)
+        if self._diversity_encoder is not None:
             return self._diversity_encoder.encode_images(images)
         for reward in (*self.held_out.values(), self.reward):
             if isinstance(reward, EmbeddingReward):
@@ -397,7 +392,8 @@ class RewardTrainer(Trainer):
         for place, prompt in enumerate(self.probe_prompts):
             numbers = range(place * count, (place + 1) * count)
             cells = [
-                (_picture(images[n]), [f"{name} {of[n]:.3g}" for name, of in list(scores.items())[:3]]) for n in numbers
+                (to_picture(images[n]), [f"{name} {of[n]:.3g}" for name, of in list(scores.items())[:3]])
+                for n in numbers
             ]
             rows.append((prompt, cells))
         path = self.folder.sample(self.step).with_name(f"probe-{self.step:06d}.png")
@@ -442,7 +438,3 @@ def over_optimisation_warnings(
                 "learning rate, set an anchor, or take an earlier checkpoint"
             )
     return found
-
-
-def _picture(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())

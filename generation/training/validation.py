@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.imaging.contact_sheet import draw_contact_sheet
 
-from ..latents import unpacked
+from ..latents import to_picture, unit_pixels, unpacked
 from ..pipelines import denoiser_of, pipeline_family
 from .configuration import RunConfig
 from .encoding import LatentEncoder, PromptEncoder
@@ -53,9 +52,7 @@ class Validation:
             network.train(was_training)
         rows = []
         for (text, _), latent in zip(self._embeddings, latents, strict=True):
-            decoded = (self._latents.decode(latent) / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-            image = Image.fromarray(decoded.permute(1, 2, 0).contiguous().numpy())
-            rows.append((text, [(image, title)]))
+            rows.append((text, [(to_picture(unit_pixels(self._latents.decode(latent))), title)]))
         if self._releases:
             self._latents.release()
         path.parent.mkdir(exist_ok=True)

@@ -107,7 +107,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:  # typer turns Ctrl-C into this
         if stop.code == INTERRUPTED:
-            say("stopped; what was finished is kept, run the same command again to go on")
+            say("stopped; what was saved so far is kept, and the same command goes on from there")
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

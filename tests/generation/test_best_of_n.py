@@ -392,3 +392,8 @@ def _best_of_round(found: BestOfN, number: int, model: Any) -> GeneratedImage:
     finished = [one for one in found.candidates if one.round == number and one.score is not None]
     best = max(finished, key=lambda one: one.score or 0)
     return generate(best.prompt, model=model, seed=best.seed, steps=5)[0]
+
+
+def test_rounds_are_refused_where_no_word_can_be_emphasised() -> None:
+    with pytest.raises(InputError, match="redness does not see the prompt"):
+        best_of_n("a red fox", reward="redness", model="tiny:sdxl", n=4, steps=3, rounds=2, revise=emphasise_misaligned)

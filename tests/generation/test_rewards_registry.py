@@ -384,3 +384,13 @@ def test_a_large_table_is_asked_in_batches(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         [row.scores["light"] for row in table.images], np.arange(39, -1, -1) * 6 / 255, atol=1e-6
     )
+
+
+def test_a_function_of_ones_own_that_fails_is_told_with_its_place() -> None:
+    def broken(images: Any, prompts: Any) -> Any:
+        return 1 / 0
+
+    with pytest.raises(
+        InputError, match=r"reward 'broken' failed at .*test_rewards_registry.py:\d+ \(ZeroDivisionError"
+    ):
+        as_reward(broken)([torch.zeros(3, 2, 2)], "x")

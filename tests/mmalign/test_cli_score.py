@@ -226,3 +226,12 @@ def test_what_is_read_is_not_written_over(run: Run, drawn: Path, tmp_path: Path)
         assert code == 1
         assert "is one of the inputs" in err
         assert target.read_bytes() == before
+
+
+def test_a_reward_named_like_a_column_of_the_table_goes_by_its_spec(run: Run, drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("def rank(images, prompts):\n    return [i.mean() for i in images]\n")
+    code, _, err = run(drawn, "-r", "odd:rank", "--out", "table.csv", "-q")
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(float(row["odd:rank"]) <= 1 for row in rows)
