@@ -42,15 +42,19 @@ class SearchedRows:
     def faiss(self) -> Any:
         """The FAISS index over the first `about["faiss"]["rows"]` rows, mapped; `None` if there is none.
 
-        Nor is there one if it was not opened before two newer generations were published: it is gone then, and the
+        Nor is there one if two newer generations were published before it was open: it is gone then, and the
         vectors, which are held, must do.
         """
         about, folder = self.about["faiss"], self.store.folder
         if about is None:
             return None
-        if not (folder / about["file"]).exists() and self.store.is_superseded(self.manifest):
-            return None
-        index = faiss_index.read(folder / about["file"], about["parameters"])
+        try:
+            index = faiss_index.read(folder / about["file"], about["parameters"])
+        except IndexDamagedError:
+            # Asked afterwards: a writer may clear the file between a look at it and its opening.
+            if not (folder / about["file"]).exists() and self.store.is_superseded(self.manifest):
+                return None
+            raise
         if index.ntotal != about["rows"] or index.d != self.dim:
             raise IndexDamagedError(
                 f"{about['file']} holds {index.ntotal} rows of {index.d}, the manifest says {about['rows']} of "

@@ -13,7 +13,7 @@ from drawing import names, same_content
 from upgrade_world import IMAGES, SAMPLE, World, results
 
 from mmalign.errors import EncoderMismatchError, IndexDamagedError, IndexLockedError, InputError
-from retrieval import ImageIndex, IndexUpgrade
+from retrieval import ImageIndex, IndexUpgrade, faiss_index
 from retrieval.storage import Store
 from retrieval.upgrading.bridge import Bridge
 from retrieval.upgrading.checking import measure_modes
@@ -97,6 +97,25 @@ def test_opening_while_files_are_cleared(world: World, monkeypatch: pytest.Monke
     index = world.open()
     assert index.snapshot.alive.sum() == len(index) == IMAGES + 1
     assert len(index.search("200 40 7", k=200)) == IMAGES + 1
+
+
+def test_the_faiss_index_is_cleared_while_it_is_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there when a reader begins to open it, and gone two generations later; the vectors must do."""
+    expected = results(ImageIndex.open(world.photos))
+    reader = world.open()
+    real, cleared = faiss_index.read, []
+
+    def read(path: Path, parameters: dict[str, int]) -> object:
+        if not cleared:
+            assert path.exists()
+            cleared.append(path)
+            finished(world)
+            assert not path.exists()
+        return real(path, parameters)
+
+    monkeypatch.setattr(faiss_index, "read", read)
+    assert results(reader) == expected
+    assert cleared
 
 
 def test_another_index_in_its_place_is_refused(world: World, tmp_path: Path) -> None:
