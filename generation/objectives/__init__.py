@@ -8,23 +8,50 @@ Diffusion-DPO by 2,500.
 
 Choosing: `mapo_loss` needs no reference and so one forward pass less; `diffusion_dpo_loss` keeps the model near the
 reference; `reward_weighted_loss` takes scored single images; `denoising_loss` on winners is the plain baseline.
+
+Policy gradients need no pairs and no gradient of a reward: `group_advantages` (or `median_advantages`) of rewards, a
+ratio of densities (`guarded_ratio_from_noise`, `guarded_ratio` or `plain_ratio`), and `policy_loss` or
+`kl_masked_loss`, which give a loss per sample.
 """
 
 from .denoising import denoising_errors, denoising_loss, min_snr_weights, pair_errors
 from .diffusion_dpo import DiffusionDPOTerms, diffusion_dpo_loss
+from .group_advantages import group_advantages, median_advantages
 from .mapo import MaPOTerms, mapo_loss, mapo_score
+from .policy_gradient import (
+    PolicyTerms,
+    gaussian_divergence,
+    guarded_ratio,
+    guarded_ratio_from_noise,
+    kl_masked_loss,
+    plain_ratio,
+    policy_loss,
+    scaled_clip_range,
+    step_weights,
+)
 from .reward_weighted import RewardWeightedTerms, reward_weighted_loss
 
 __all__ = [
     "DiffusionDPOTerms",
     "MaPOTerms",
+    "PolicyTerms",
     "RewardWeightedTerms",
     "denoising_errors",
     "denoising_loss",
     "diffusion_dpo_loss",
+    "gaussian_divergence",
+    "group_advantages",
+    "guarded_ratio",
+    "guarded_ratio_from_noise",
+    "kl_masked_loss",
     "mapo_loss",
     "mapo_score",
+    "median_advantages",
     "min_snr_weights",
     "pair_errors",
+    "plain_ratio",
+    "policy_loss",
     "reward_weighted_loss",
+    "scaled_clip_range",
+    "step_weights",
 ]
