@@ -144,8 +144,8 @@ def cps_step(sigma: float, next_sigma: float, *, level: float) -> StochasticStep
     """Coefficients-Preserving Sampling (arXiv 2509.05952): a part of the estimated noise is drawn anew.
 
     x' = (1 - sigma') x_0 + sigma' (cos(level pi/2) eps + sin(level pi/2) z), for a level in [0, 1]; 1 is diffusers'
-    `stochastic_sampling`. The noise of a step does not shrink with its length: at a fixed level the more steps, the
-    less the images vary.
+    `stochastic_sampling`. The noise of a step does not shrink with its length, so images vary less than the
+    deterministic sampler's however many the steps: by a fifth at level 0.8 where the exact denoiser is known.
     """
     angle = level * math.pi / 2
     clean, noise = 1 - next_sigma, next_sigma * math.cos(angle)
