@@ -60,6 +60,7 @@ def run_steered(
     level: Level | None = None,
     denoise: Denoise | None = None,
     seen: Callable[[DenoiserStep], None] | None = None,
+    advance: Callable[[DenoiserStep], Float[Tensor, "n ..."]] | None = None,
 ) -> Float[Tensor, "n ..."]:
     """Run steps `first` to `end` of a pipeline and return the latents after them, in the pipeline's own layout.
 
@@ -77,6 +78,7 @@ def run_steered(
             scheduler's own step is then meaningless; only `seen` gets something of use.
         denoise: called in place of the denoiser.
         seen: told each step that was run, before the scheduler takes it.
+        advance: takes the steps in place of the scheduler, of a kind without memory: returns the latents after each.
     """
     _, network = denoiser_of(pipeline)
     scheduler = pipeline.scheduler
@@ -105,8 +107,13 @@ def run_steered(
             if hasattr(scheduler, "_step_index"):
                 scheduler._step_index = current + 1
             return (sample,)
+        reached = DenoiserStep(current, len(scheduler.timesteps), sample, prediction)
         if seen is not None:
-            seen(DenoiserStep(current, len(scheduler.timesteps), sample, prediction))
+            seen(reached)
+        if advance is not None:
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index = current + 1
+            return (advance(reached),)
         return original(prediction, time, sample, **more)
 
     def ended(_: Any, number: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

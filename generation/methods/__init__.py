@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..training.trainer import Trainer
 from .d2_align import D2AlignConfig, D2AlignTrainer
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from .grpo import GRPOConfig, GRPOTrainer
 from .mapo import MaPOConfig, MaPOTrainer
 from .reward_gradient import (
     AlignPropConfig,
@@ -37,6 +38,8 @@ __all__ = [
     "DiffusionDPOTrainer",
     "DirectAlignConfig",
     "DirectAlignTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
     "ReFLConfig",
@@ -62,5 +65,6 @@ METHODS: dict[str, type[Trainer]] = {
         ReFLTrainer,
         DirectAlignTrainer,
         D2AlignTrainer,
+        GRPOTrainer,
     )
 }

@@ -139,7 +139,10 @@ class RunConfig:
     vae: Place | None = _options(None, "Another VAE: hub id or folder.")
     variant: str | None = _options(None, "Weight variant of the hub repository, e.g. fp16.")
     preset: str | None = _options(
-        None, f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.", fixed=False
+        None,
+        f"Memory preset: {', '.join(PRESETS)}; several with commas between, later ones win; your own settings win over "
+        "all.",
+        fixed=False,
     )
     dry_run: bool = _options(
         False, "Try everything with a tiny model of the same family and 4 steps, in OUTPUT/dry-run.", fixed=False
@@ -253,26 +256,25 @@ def dry_run_of(config: Config, family: str | None = None) -> Config:
         config: of the real run; one that is small already is returned as it is.
         family: of the model, where it is known; else `guess_family` tells.
     """
-    small = dataclasses.replace(
-        config,
-        model=f"tiny:{family or guess_family(config.model)}",
-        vae=None,
-        variant=None,
+    reduced: dict[str, Any] = {
+        "model": f"tiny:{family or guess_family(config.model)}",
+        "vae": None,
+        "variant": None,
         # what is checked here is checked for the real run
-        cache_dir=config.cache_dir or config.output.parent / "cache",
-        resolution=64,
-        steps=4,
-        batch_size=min(config.batch_size, 2),
-        accumulation=min(config.accumulation, 2),
-        rank=min(config.rank, 4),
-        checkpoint_every=2,
-        probe_every=2,
-        probe_size=min(config.probe_size, 4),
-        validate_every=4,
-        validation_steps=2,
-        wandb=None,
-        **config.in_small(),
-    )
+        "cache_dir": config.cache_dir or config.output.parent / "cache",
+        "resolution": 64,
+        "steps": 4,
+        "batch_size": min(config.batch_size, 2),
+        "accumulation": min(config.accumulation, 2),
+        "rank": min(config.rank, 4),
+        "checkpoint_every": 2,
+        "probe_every": 2,
+        "probe_size": min(config.probe_size, 4),
+        "validate_every": 4,
+        "validation_steps": 2,
+        "wandb": None,
+    }
+    small = dataclasses.replace(config, **{**reduced, **config.in_small()})
     if small == config and config.output.name == "dry-run":
         return config
     return dataclasses.replace(small, output=config.output / "dry-run")
@@ -333,12 +335,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _preset(kind: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    name = given.get("preset")
-    if name is None:
+    names = given.get("preset")
+    if names is None:
         return {}
-    if name not in list(kind.presets):  # a list: YAML may hold what cannot be hashed
-        raise InputError(f"preset {name!r} is not known; use one of {', '.join(kind.presets)}")
-    return kind.presets[name].settings(given)
+    found: dict[str, Any] = {}
+    for name in str(names).split(","):
+        if name not in kind.presets:
+            raise InputError(
+                f"preset {name!r} is not known; use one of {', '.join(kind.presets)}, or several with commas between"
+            )
+        found |= kind.presets[name].settings(given)
+    return found
 
 
 def _refuse_unknown(kind: type[RunConfig], names: Iterable[str], where: str = "") -> None:

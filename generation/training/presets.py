@@ -16,7 +16,7 @@ from typing import Any
 
 from mmalign.errors import InputError
 
-__all__ = ["PRESETS", "REWARD_PRESETS", "Preset"]
+__all__ = ["PRESETS", "REWARD_PRESETS", "Preset", "both"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Preset:
                 "use adaptation: lora, or preset 48gb"
             )
         return dict(self.full)
+
+
+def both(name: str, **settings: Any) -> Preset:
+    """A preset that sets the same for a LoRA run and for a full fine-tune."""
+    return Preset(name, settings, settings)
 
 
 def _settings(batch_size: int, checkpointing: bool, optimizer: str = "adamw", total: int = 16) -> dict[str, Any]:

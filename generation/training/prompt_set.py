@@ -89,9 +89,13 @@ class PromptSet:
 
     def batch(self, number: int) -> PromptBatch:
         """The batch of this number in the run."""
-        prompts = [self.prompts[place] for place in self._order[number]]
-        ordinals = list(range(number * self._size, (number + 1) * self._size))
-        return PromptBatch(prompts, ordinals, [dict(self.embedding(prompt)) for prompt in prompts])
+        return self.images(range(number * self._size, (number + 1) * self._size))
+
+    def images(self, ordinals: Sequence[int], repeats: int = 1) -> PromptBatch:
+        """Images of the run by number; with `repeats` so many, one after the other, are of one prompt."""
+        places = [divmod(ordinal // repeats, self._size) for ordinal in ordinals]
+        prompts = [self.prompts[self._order[batch][place]] for batch, place in places]
+        return PromptBatch(prompts, list(ordinals), [dict(self.embedding(prompt)) for prompt in prompts])
 
     def embedding(self, prompt: str | None) -> Mapping[str, Tensor]:
         """Of a prompt, or the unconditional one."""

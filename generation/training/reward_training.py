@@ -198,6 +198,11 @@ class RewardTrainer(Trainer):
         }
         return Prepared(pipeline, self.prompts, validation)
 
+    @property
+    def probe_steps(self) -> int | None:
+        """Denoising steps of the probe's images, where other than in training."""
+        return None
+
     def check_reward(self) -> None:
         """Refuse a reward that this method cannot raise, before the model is loaded."""
 
@@ -224,8 +229,14 @@ class RewardTrainer(Trainer):
         self.sampler = bare_pipeline(pipeline, vae=True, scheduler=scheduler)
         self._unconditional = None if pipeline_family(pipeline) == "flux" else self.prompts.embedding(None)
 
-    def call(self, embeddings: Sequence[Mapping[str, Tensor]], generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        """The sampler's arguments for a batch."""
+    def call(
+        self,
+        embeddings: Sequence[Mapping[str, Tensor]],
+        generators: Sequence[torch.Generator],
+        *,
+        steps: int | None = None,
+    ) -> dict[str, Any]:
+        """The sampler's arguments for a batch; `steps` other than those of training."""
         config = self.config
         dtype = next(p.dtype for p in self.learner.adaptation.network.parameters() if p.is_floating_point())
         if config.adaptation == "full":
@@ -233,7 +244,7 @@ class RewardTrainer(Trainer):
         more = {"eta": config.eta} if config.eta else {}
         return {
             **embedded(self.sampler, embeddings, self._unconditional, self.accelerator.device, dtype),
-            "num_inference_steps": config.sampling_steps,
+            "num_inference_steps": steps or config.sampling_steps,
             "guidance_scale": config.guidance,
             "height": config.resolution,
             "width": config.resolution,
@@ -251,11 +262,14 @@ class RewardTrainer(Trainer):
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[tuple[Any, ...]]) -> Iterator[Float[Tensor, "3 h w"]]:
         """Images in [0, 1], on the CPU, a batch at a time; each seed names the noise of an image (see `stream`)."""
+        steps = self.probe_steps
         size = self.config.batch_size
         for start in range(0, len(prompts), size):
             embeddings = [self.prompts.embedding(prompt) for prompt in prompts[start : start + size]]
             generators = [stream(self.config.seed, *seed) for seed in seeds[start : start + size]]
-            latents = self.sampler(**self.call(embeddings, generators), output_type="latent", return_dict=False)[0]
+            latents = self.sampler(
+                **self.call(embeddings, generators, steps=steps), output_type="latent", return_dict=False
+            )[0]
             yield from self.decode(latents)[0].cpu()
 
     def look(self) -> dict[str, float]:

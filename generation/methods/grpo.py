@@ -1,0 +1,530 @@
+"""GRPO for image generators: policy optimisation on rewards that need no gradient, from composable parts.
+
+Flow-GRPO (arXiv 2505.05470), GRPO-Guard (2510.22319), MC-GRPO (2601.22582), BranchGRPO (2509.06040), DanceGRPO
+(2505.07818) and DDPO's sampler (2305.13301) are settings of one trainer: how noise is added (`generation.rollouts`,
+`generation.stochastic_steps`), what a group's rewards become (`objectives.group_advantages`, `objectives.branch_tree`),
+and what is made of the ratio of densities (`objectives.policy_gradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmalign.errors import InputError
+
+from ..objectives.branch_tree import depth_advantages, fuse_rewards, grow_tree, keep_edges
+from ..objectives.group_advantages import MAX_ADVANTAGE, group_advantages, median_advantages
+from ..objectives.noise_windows import check_noise_window, draw_noise_window
+from ..objectives.policy_gradient import (
+    gaussian_divergence,
+    guarded_ratio,
+    kl_masked_loss,
+    plain_ratio,
+    policy_loss,
+    scaled_clip_range,
+    step_weights,
+)
+from ..pipelines import pipeline_family
+from ..rewards import WeightedSum
+from ..rollouts import GradedStep, Policy, Rollout
+from ..stochastic_steps import SamplerKind, StochasticStep, stochastic_steps
+from ..training.adaptation import Adaptation, make_adaptation
+from ..training.configuration import inherited, setting, settings
+from ..training.feed import TrainingData
+from ..training.presets import REWARD_PRESETS, Preset, both
+from ..training.prompt_set import PromptBatch
+from ..training.randomness import stream
+from ..training.reward_training import RewardConfig, RewardTrainer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["GRPO_PRESETS", "GRPOConfig", "GRPOTrainer"]
+
+# Settings of each paper as far as the method goes; how large a run is stays the user's.
+GRPO_PRESETS: dict[str, Preset] = {
+    "flow-grpo": both(
+        "flow-grpo", ratio="plain", step_weight="none", advantage="global-std", kl_weight=0.04, learning_rate=3e-4
+    ),
+    "grpo-guard": both(
+        "grpo-guard", ratio="guard", step_weight="guard", advantage="group-std", kl_weight=0.0, learning_rate=1e-4
+    ),
+    # nine images of a prompt, of which the median one trains nothing
+    "mc-grpo": both("mc-grpo", advantage="median", group_size=9, batch_size=3),
+    "branch-grpo": both(
+        "branch-grpo",
+        rollout="tree",
+        stochastic_sampler="dance-sde",
+        sampling_steps=20,
+        split_steps="0,3,6,9",
+        group_size=16,
+        kl_weight=0.0,
+    ),
+    "dance-grpo": both(
+        "dance-grpo",
+        stochastic_sampler="dance-sde",
+        ratio="plain",
+        step_weight="none",
+        advantage="dance",
+        initial_noise="group",
+        train_share=0.6,
+        kl_weight=0.0,
+        learning_rate=1e-5,
+    ),
+}
+_NOISE_LEVELS = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8, "ddim": 1.0}
+_CLIP_RANGES = {"plain": 1e-4, "guard": 2e-6}
+_LEAST_SPREAD = 0.1  # of the median's scale, as a share of the standard deviation: binary rewards have none
+
+
+@settings
+class GRPOConfig(RewardConfig):
+    """Settings of `GRPOTrainer`; the defaults are GRPO-Guard's, without classifier-free guidance."""
+
+    method: ClassVar[str] = "grpo"
+    summary: ClassVar[str] = "GRPO and its kin: any reward, no gradient of it needed (arXiv 2505.05470, 2510.22319)."
+    presets: ClassVar[Mapping[str, Preset]] = {**GRPO_PRESETS, **REWARD_PRESETS}
+    explanation: ClassVar[str] = (
+        RewardConfig.explanation
+        + """
+
+--preset takes a method (flow-grpo, grpo-guard, mc-grpo, branch-grpo,
+dance-grpo), a card (24gb, 48gb, 80gb), or several with commas between, such
+as grpo-guard,mc-grpo,24gb. A step draws BATCH_SIZE x ACCUMULATION images on
+each GPU, in groups of GROUP_SIZE for a prompt, and takes UPDATES optimiser
+steps on them."""
+    )
+    example: ClassVar[str] = "PROMPTS OUTPUT --reward pickscore --preset grpo-guard"
+
+    group_size: int = setting(8, "Images drawn of each prompt, whose rewards are compared.", ge=2)
+    updates: int = setting(2, "Optimiser steps on each rollout, each on its own share of the images.", ge=1)
+    stochastic_sampler: Literal["auto", "flow-sde", "dance-sde", "cps", "ddim"] = setting(
+        "auto",
+        "How noise is added. (auto: flow-sde, or ddim for SD 1.5 and SDXL, where dance-sde means ddim as well)",
+    )
+    noise_level: float | None = setting(
+        None, "Of that noise. (default: flow-sde 0.7, dance-sde 0.3, cps 0.8, ddim 1, its eta)", gt=0
+    )
+    noise_window: str = setting(
+        "all", "Steps that add noise and are trained: all (but the last), random:SIZE[:LOW:HIGH], slide:SIZE:EVERY."
+    )
+    train_share: float = setting(1.0, "Share of those steps that is trained, drawn anew for each rollout.", gt=0, le=1)
+    initial_noise: Literal["image", "group"] = setting("image", "Each image starts from noise of its own, or a group.")
+    rollout: Literal["independent", "tree"] = setting(
+        "independent", "Images drawn one by one, or as leaves of a tree that splits (BranchGRPO)."
+    )
+    split_steps: str = setting("0,3,6,9", "Steps at which a tree splits in two; GROUP_SIZE is 2 to their number.")
+    branch_scale: float = setting(4.0, "How much of the noise of siblings is their own.", gt=0)
+    fusion: float = setting(
+        1.0, "Reward of a tree's node: softmax of this times the path's log-density; 0, mean.", ge=0
+    )
+    pruning: Literal["none", "best", "extremes"] = setting("none", "Edges after the last split that are trained.")
+    advantage: Literal["group-std", "global-std", "dance", "median"] = setting(
+        "group-std", "What centres and scales rewards of a group; median is MC-GRPO. A tree goes by depth instead."
+    )
+    aggregate: Literal["rewards", "advantages"] = setting(
+        "rewards", "Several rewards: weigh them and take advantages, or weigh the advantages of each."
+    )
+    ratio: Literal["plain", "guard"] = setting("guard", "Ratio of densities as it is, or normalised (GRPO-Guard).")
+    step_weight: Literal["none", "guard", "std"] = setting(
+        "guard", "Weight of each step: 1; GRPO-Guard's; or its noise (TempFlow-GRPO)."
+    )
+    normalize_weights: bool = setting(False, "Scale these to mean 1, so that losses keep their size.")
+    trust: Literal["clip", "kl-mask"] = setting("clip", "Limit to an update: clip the ratio, or mask (Flow-DPPO).")
+    clip_range: float | None = setting(
+        None, "Of the ratio, at 65,536 latent numbers; scaled to this run's. (default: plain 1e-4, guard 2e-6)", gt=0
+    )
+    kl_threshold: float = setting(1e-5, "Divergence from the weights that drew, above which kl-mask drops.", gt=0)
+    kl_weight: float = setting(0.0, "Times the divergence from the model before training.", ge=0)
+    kl_form: Literal["released", "exact"] = setting("released", "Without the step's length, as released, or with it.")
+    probe_sampling_steps: int = setting(40, "Denoising steps of the probe's images, without added noise.", ge=1)
+    guidance: float = inherited(RewardConfig, "guidance", 1.0)
+    sampling_steps: int = inherited(RewardConfig, "sampling_steps", 10)
+    steps: int = inherited(RewardConfig, "steps", 300)
+    batch_size: int = inherited(RewardConfig, "batch_size", 4)
+    accumulation: int = inherited(RewardConfig, "accumulation", 12)
+    rank: int = inherited(RewardConfig, "rank", 32)
+    alpha: float | None = inherited(RewardConfig, "alpha", 64.0)
+    learning_rate: float = inherited(RewardConfig, "learning_rate", 1e-4)
+    weight_decay: float = inherited(RewardConfig, "weight_decay", 1e-4)
+    probe_every: int = inherited(RewardConfig, "probe_every", 20)
+    checkpoint_every: int = inherited(RewardConfig, "checkpoint_every", 20)
+
+    def in_small(self) -> dict[str, Any]:
+        """Also groups that a short run has, and splits within it."""
+        size = {"median": 3}.get(self.advantage, 2)
+        tree = {"split_steps": "0", "group_size": 2} if self.rollout == "tree" else {}
+        small: dict[str, Any] = {
+            "group_size": size,
+            "batch_size": size,
+            "probe_sampling_steps": 4,
+            "updates": 1,
+            **tree,
+        }
+        return {**super().in_small(), "noise_window": "all", "probe_sampling_steps": 4, **small}
+
+    @property
+    def splits(self) -> list[int]:
+        """The steps at which a tree splits; none for independent images."""
+        if self.rollout == "independent":
+            return []
+        try:
+            return sorted({int(part) for part in self.split_steps.split(",")})
+        except ValueError:
+            raise InputError(f"split_steps {self.split_steps!r} are no numbers; give such as 0,3,6,9") from None
+
+
+@dataclass(eq=False)
+class _Item:
+    """A forward pass to be trained on, with what each of its transitions is worth."""
+
+    step: GradedStep
+    batch: PromptBatch
+    advantages: Float[Tensor, " e"]
+    kept: Float[Tensor, " e"]  # 1, or 0 for what trains nothing
+    share: float = 1.0
+
+    def to(self, device: torch.device) -> _Item:
+        return self
+
+    def labels(self) -> dict[str, list[str]]:
+        rows = [self.step.roots[row] for row in self.step.parents.tolist()]
+        return {"": [f"{self.batch.prompts[row]!r} (image {self.batch.ordinals[row]})" for row in rows]}
+
+
+class GRPOTrainer(RewardTrainer):
+    """A step draws images, scores them, and takes some optimiser steps towards those better than their group.
+
+    All that is random follows from the seed and the number of the step, so that runs resume exactly.
+    """
+
+    config_class: ClassVar[type[RewardConfig]] = GRPOConfig
+    config: GRPOConfig
+
+    @property
+    def total_updates(self) -> int:
+        """`updates` for each rollout."""
+        return self.config.steps * self.config.updates
+
+    @property
+    def probe_steps(self) -> int:
+        """Of the deterministic sampler."""
+        return self.config.probe_sampling_steps
+
+    def check_settings(self) -> None:
+        """Refuse switches that do not go together, before anything is loaded."""
+        super().check_settings()
+        config = self.config
+        check_noise_window(config.noise_window, config.sampling_steps)
+        if config.lora_dropout:
+            raise InputError("lora_dropout makes what is trained another model than what drew; set it to 0")
+        if config.sampler != "ddim" or config.eta:
+            raise InputError("sampler and eta are of other methods; set stochastic_sampler and noise_level")
+        if config.advantage == "median" and config.rollout == "independent" and config.group_size % 2 == 0:
+            raise InputError(
+                f"group_size {config.group_size} has no middle; advantage median needs an odd one, such as "
+                f"{config.group_size + 1}, of which the median image trains nothing"
+            )
+        if config.rollout == "tree":
+            splits, last = config.splits, config.sampling_steps - 2
+            if not splits or splits[0] < 0 or splits[-1] > last:
+                raise InputError(
+                    f"split_steps {config.split_steps!r} are not all among the steps 0 to {last} that add noise"
+                )
+            if config.group_size != 2 ** len(splits):
+                raise InputError(
+                    f"group_size {config.group_size} is not the {2 ** len(splits)} leaves of a tree with "
+                    f"{len(splits)} splits; set one of them"
+                )
+            for name in ("advantage", "noise_window", "initial_noise", "aggregate"):
+                if getattr(config, name) != getattr(GRPOConfig(), name):
+                    raise InputError(f"{name} {getattr(config, name)!r} is not of trees; leave it out")
+
+    def prepare(self) -> Any:
+        """As every trainer on rewards, once the numbers of images are known to fit."""
+        config, count = self.config, self.accelerator.num_processes
+        images = config.batch_size * config.accumulation * count
+        whole = config.group_size * (count if config.rollout == "tree" else 1)
+        if images % whole:
+            raise InputError(
+                f"{images} images a step (batch_size {config.batch_size} x accumulation {config.accumulation} x "
+                f"{count} processes) are no whole number of groups of {config.group_size}"
+                + (" on each process" if whole != config.group_size else "")
+                + "; change one of them"
+            )
+        units = images // whole if config.rollout == "tree" else config.accumulation
+        if units < config.updates:
+            raise InputError(
+                f"{config.updates} updates cannot share {units} {'trees' if config.splits else 'batches'} of a step; "
+                "lower updates or raise accumulation"
+            )
+        return super().prepare()
+
+    def connect(self, pipeline: DiffusionPipeline) -> None:
+        """Settle how noise is added, which depends on the model's family."""
+        super().connect(pipeline)
+        config, unet = self.config, pipeline_family(pipeline) in ("sdxl", "sd15")
+        kind = config.stochastic_sampler
+        if kind == "auto" or (kind == "dance-sde" and unet):  # DanceGRPO's script for SD takes DDIM
+            kind = "ddim" if unet else "flow-sde"
+        self.kind: SamplerKind = kind
+        self.level = config.noise_level if config.noise_level is not None else _NOISE_LEVELS[kind]
+        self.tree = grow_tree(config.sampling_steps, config.splits)
+        clip = config.clip_range if config.clip_range is not None else _CLIP_RANGES[config.ratio]
+        self._clip = lambda dims: scaled_clip_range(clip, dims)
+        self.panels = {
+            **self.panels,
+            "ratio of densities": ("ratio_mean",),
+            "clipped": ("clipped_high", "clipped_low"),
+            "spread in a group": ("group_std",),
+        }
+
+    def adapt(self, network: nn.Module, family: str) -> Adaptation:
+        """With a reference where the loss has a divergence from it."""
+        return make_adaptation(network, self.config, family, reference=self.config.kl_weight > 0)
+
+    def batches(self, data: TrainingData, start: int) -> Iterator[list[PromptBatch]]:
+        """For each step this process's images: in batches, a group over several processes; or a tree at a time."""
+        config, rank, count = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        images = config.batch_size * config.accumulation * count
+        tree = config.rollout == "tree"
+        size = config.group_size if tree else config.batch_size
+        for step in range(start, config.steps):
+            firsts = range(step * images + rank * size, (step + 1) * images, size * count)
+            # A tree is one image until it splits.
+            yield [
+                self.prompts.images(range(first, first + (1 if tree else size)), config.group_size) for first in firsts
+            ]
+
+    def update(self, batches: Sequence[PromptBatch]) -> dict[str, float]:
+        """Draw, score, compare, and take `updates` optimiser steps."""
+        config = self.config
+        window = range(config.sampling_steps - 1)
+        if config.rollout == "independent":
+            window = draw_noise_window(
+                config.noise_window, config.sampling_steps, self.step, stream(config.seed, "noise window", self.step)
+            )
+        trained = self._trained_steps(window)
+        policy = self._policy(window)
+        # What a node of a tree is worth goes by the densities of all steps below it.
+        rollouts = [self._draw(policy, batch, window if config.splits else trained) for batch in batches]
+        values, items = self._compared(batches, rollouts)
+        items = [[item for item in unit if item.step.number in trained] for unit in items]
+        self._drawing, self._ratios = policy, dict[int, list[Tensor]]()
+        weights = step_weights(
+            [policy.steps(self.sampler.scheduler)[number] for number in trained],
+            config.step_weight,
+            normalize=config.normalize_weights,
+        )
+        self._weights_of = dict(zip(trained, weights, strict=True))
+        parts = []
+        for number in range(config.updates):
+            chosen = [item for unit in items[number :: config.updates] for item in unit]
+            if (found := self._step(chosen)) is not None:
+                parts.append(found)
+        if not parts:
+            self.warn(f"step {self.step + 1}: all rewards of a group are equal, in every group; nothing was learnt")
+        for name in parts[0] if parts else ():
+            values[name] = float(np.mean([part[name] for part in parts]))
+        values |= self._ratio_values()
+        self._check_ratio(values)
+        return values
+
+    def loss(self, item: _Item) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The clipped objective of a forward pass; values a transition."""
+        config, graded, policy = self.config, item.step, self._drawing
+        call = self._call(item.batch, graded.roots)
+        means, step = policy.mean(call, graded)
+        mean, old_mean = means[graded.parents], graded.mean[graded.parents]
+        log_prob = policy.log_prob(graded.samples, mean, step)
+        if config.ratio == "guard":
+            ratio = guarded_ratio(mean, old_mean, step.std, log_prob=log_prob, old_log_prob=graded.log_prob)
+        else:
+            ratio = plain_ratio(log_prob, graded.log_prob)
+        advantages, kept = item.advantages.to(ratio), item.kept.to(ratio)
+        weight = self._weights_of[graded.number]
+        divergence = gaussian_divergence(mean.detach(), old_mean, step.std)
+        values = {"kl_from_rollout": divergence}
+        if config.trust == "clip":
+            self._dims = mean[0].numel()
+            losses, high, low = policy_loss(ratio, advantages, clip=self._clip(self._dims), weight=weight)
+            values |= {"clipped_high": high.float(), "clipped_low": low.float()}
+        else:
+            losses = kl_masked_loss(ratio, advantages, divergence, threshold=config.kl_threshold, weight=weight)
+        if config.kl_weight:
+            before, _ = policy.mean(call, graded, self.reference)
+            spread = step.kl_std if config.kl_form == "released" else step.std
+            anchor = gaussian_divergence(means, before, spread)[graded.parents]
+            losses = losses + config.kl_weight * anchor
+            values["kl"] = anchor.detach()
+        self._ratios.setdefault(graded.number, []).append(ratio.detach())
+        return (losses * kept).sum() * item.share, values
+
+    def _trained_steps(self, window: range) -> list[int]:
+        """A share of the steps that add noise, the same for all images of a rollout."""
+        count = max(1, round(self.config.train_share * len(window)))
+        order = torch.randperm(len(window), generator=stream(self.config.seed, "trained steps", self.step))
+        return sorted(window[place] for place in order[:count].tolist())
+
+    def _policy(self, window: range) -> Policy:
+        config, step, made = self.config, self.step, list[Sequence[StochasticStep]]()
+
+        def steps(scheduler: Any) -> Sequence[StochasticStep]:
+            if not made:  # the scheduler's timesteps are the same in all runs of a step
+                made.append(stochastic_steps(scheduler, self.kind, level=self.level, window=window))
+            return made[0]
+
+        def noise(root: int, node: int, shape: Sequence[int]) -> Tensor:
+            return torch.randn(tuple(shape), generator=stream(config.seed, "transition", step, root, node))
+
+        constant_free = self.kind == "cps" and config.ratio == "plain"
+        return Policy(self.sampler, steps, noise, self.tree, config.branch_scale, constant_free)
+
+    def _draw(self, policy: Policy, batch: PromptBatch, kept: Sequence[int]) -> Rollout:
+        """One unit: images of a batch, or a tree. Noise is named by the image's number in the run."""
+        own = Policy(
+            policy.pipeline,
+            policy.steps,
+            lambda root, node, shape: policy.noise(batch.ordinals[root], node, shape),
+            policy.tree,
+            policy.branch_scale,
+            policy.constant_free,
+        )
+        return own.draw(
+            lambda roots: self._call(batch, roots), len(batch.prompts), size=self.config.batch_size, kept=kept
+        )
+
+    def _call(self, batch: PromptBatch, roots: Sequence[int]) -> dict[str, Any]:
+        config = self.config
+        whole = config.group_size if config.initial_noise == "group" else 1
+        seeds = [batch.ordinals[root] // whole * whole for root in roots]
+        generators = [stream(config.seed, "noise", seed) for seed in seeds]
+        return self.call([batch.embeddings[root] for root in roots], generators)
+
+    def _compared(
+        self, batches: Sequence[PromptBatch], rollouts: Sequence[Rollout]
+    ) -> tuple[dict[str, float], list[list[_Item]]]:
+        """What to log of the rewards, and for each unit its forward passes with the advantages."""
+        from accelerate.utils import gather_object
+
+        config = self.config
+        leaves = config.group_size if config.rollout == "tree" else 1
+        rows: list[tuple[int, list[float]]] = []
+        names: list[str] = []
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            scores = self._scores(rollout.latents, [prompt for prompt in batch.prompts for _ in range(leaves)])
+            names = list(scores)
+            ordinals = [ordinal + leaf for ordinal in batch.ordinals for leaf in range(leaves)]
+            rows += [(n, [float(scores[name][i]) for name in names]) for i, n in enumerate(ordinals)]
+        everything = sorted(gather_object(rows))
+        numbers = torch.tensor([ordinal for ordinal, _ in everything])
+        scored = torch.tensor([of for _, of in everything], dtype=torch.float64)
+        rewards, groups = scored[:, 0], numbers // config.group_size
+        spread = torch.stack([rewards[groups == group].std(unbiased=False) for group in groups.unique()])
+        values = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(unbiased=False))}
+        values |= {f"reward_{name}": float(scored[:, i].mean()) for i, name in enumerate(names) if i}
+        values |= {"group_std": float(spread.mean()), "equal_groups": float((spread == 0).double().mean())}
+        values["denoiser_calls"] = float(sum(rollout.denoiser_calls for rollout in rollouts))
+        place = {int(number): i for i, number in enumerate(numbers)}
+        if config.rollout == "tree":
+            own = {n: rewards[place[n] : place[n] + leaves] for batch in batches for n in batch.ordinals}
+            units = [
+                self._tree_items(batch, rollout, own[batch.ordinals[0]])
+                for batch, rollout in zip(batches, rollouts, strict=True)
+            ]
+            return values, units
+        advantages, excluded = self._advantages(scored, groups)
+        kept = (advantages != 0) & ~excluded
+        units = []
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            mine = torch.tensor([place[n] for n in batch.ordinals])
+            units.append([_Item(step, batch, advantages[mine], kept[mine].double()) for step in rollout.steps])
+        return values, units
+
+    def _scores(self, latents: Float[Tensor, "n ..."], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """By name, the reward first, then its terms."""
+        images: list[Tensor] = []
+        with torch.no_grad():
+            for piece in latents.split(self.config.batch_size):
+                images += self.decode(piece)[0].cpu()
+        if self.config.aggregate == "advantages" and isinstance(self.reward, WeightedSum):
+            terms = {name: (weight, reward(images, prompts)) for name, (weight, reward) in self.reward.terms.items()}
+            total = np.sum([weight * scores for weight, scores in terms.values()], axis=0)
+            return {"": total, **{name: scores for name, (_, scores) in terms.items()}}
+        return {"": self.reward(images, list(prompts))}
+
+    def _advantages(self, scored: Float[Tensor, "n terms"], groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all images of a step, and which of them train nothing."""
+        if scored.shape[1] == 1 or not isinstance(self.reward, WeightedSum):
+            return self._advantages_of(scored[:, 0], groups)
+        total, excluded = torch.zeros(len(scored), dtype=torch.float64), torch.ones(len(scored), dtype=torch.bool)
+        for column, (weight, _) in enumerate(self.reward.terms.values(), 1):
+            advantages, left_out = self._advantages_of(scored[:, column], groups)
+            total, excluded = total + weight * advantages, excluded & left_out
+        return total, excluded
+
+    def _advantages_of(self, rewards: Float[Tensor, " n"], groups: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self.config.advantage
+        if kind == "median":
+            return median_advantages(rewards, groups, floor=_LEAST_SPREAD)
+        how: dict[str, Any] = {"scale": "global" if kind == "global-std" else "group"}
+        if kind == "dance":
+            how |= {"ddof": 1, "eps": 1e-8}
+        return group_advantages(rewards, groups, **how), torch.zeros(len(rewards), dtype=torch.bool)
+
+    def _tree_items(self, batch: PromptBatch, rollout: Rollout, rewards: Float[Tensor, " leaves"]) -> list[_Item]:
+        """Depth-wise advantages of a tree's edges."""
+        config, tree = self.config, self.tree
+        log_probs = torch.zeros(len(tree.parent), dtype=torch.float64)
+        for step in rollout.steps:
+            log_probs[step.nodes] = step.log_prob.double().cpu()
+        fused = fuse_rewards(tree, rewards, log_probs, beta=config.fusion)
+        advantages = depth_advantages(tree, fused)
+        kept = keep_edges(tree, advantages, width=config.pruning, split_steps=config.splits) & (advantages != 0)
+        return [_Item(step, batch, advantages[step.nodes], kept[step.nodes].double()) for step in rollout.steps]
+
+    def _step(self, items: Sequence[_Item]) -> dict[str, float] | None:
+        """One optimiser step; `None` where no image of any process trains anything."""
+        count = self.accelerator.num_processes
+        kept = torch.tensor(float(sum(float(item.kept.sum()) for item in items)), device=self.accelerator.device)
+        total = float(self.accelerator.reduce(kept, "sum")) if count > 1 else float(kept)
+        if not total:
+            return None
+        if count == 1:  # several processes have to take as many forward passes
+            items = [item for item in items if item.kept.any()]
+        for item in items:
+            item.advantages = item.advantages.clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
+            item.share = len(items) * count / total  # the learner takes means over forward passes and processes
+        return self.learner.step(items, self.loss)
+
+    def _ratio_values(self) -> dict[str, float]:
+        """Mean and spread of the ratio over this process's transitions, and for each step of the sampler."""
+        if not self._ratios:
+            return {}
+        by_step = {number: torch.cat(parts).double() for number, parts in sorted(self._ratios.items())}
+        everything = torch.cat(list(by_step.values()))
+        values = {"ratio_mean": float(everything.mean()), "ratio_std": float(everything.std(unbiased=False))}
+        for number, ratios in by_step.items():
+            values |= {f"ratio_mean_{number}": float(ratios.mean())}
+            values |= {f"ratio_std_{number}": float(ratios.std(unbiased=False))}
+        first = next(iter(self._ratios.values()))[0]
+        values["ratio_error"] = float((first - 1).abs().max())  # before the first update, where it should be 0
+        return values
+
+    def _check_ratio(self, values: Mapping[str, float]) -> None:
+        """Warn once of ratios that are off before anything was updated, by more than what the clip tells apart."""
+        error = values.get("ratio_error", 0.0)
+        if self.config.trust != "clip" or error <= self._clip(self._dims) / 2 or "ratio" in self._warned:
+            return
+        self._warned.append("ratio")
+        self.warn(
+            f"step {self.step + 1}: ratios differ from 1 by {error:.2g} before the first update, and the clip range is "
+            f"{self._clip(self._dims):.2g}: the network does not answer twice alike; set dtype to float32"
+        )
