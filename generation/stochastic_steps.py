@@ -181,7 +181,7 @@ def gaussian_log_prob(
         std: of the step, above 0; one for all, or one a sample.
     """
     error = -constant_free_log_prob(sample, mean)
-    deviation = torch.as_tensor(std).to(error)
+    deviation = torch.as_tensor(std, dtype=error.dtype, device=error.device)
     return -error / (2 * deviation.square()) - deviation.log() - math.log(2 * math.pi) / 2
 
 

@@ -80,7 +80,8 @@ def guarded_ratio(
         old_log_prob: under `old_mean`.
     """
     drift = gaussian_divergence(mean, old_mean, std)
-    return (torch.as_tensor(std).to(drift) * (log_prob - old_log_prob.detach() + drift)).exp()
+    deviation = torch.as_tensor(std, dtype=drift.dtype, device=drift.device)
+    return (deviation * (log_prob - old_log_prob.detach() + drift)).exp()
 
 
 def guarded_ratio_from_noise(
@@ -101,7 +102,7 @@ def gaussian_divergence(
     No gradient goes to `reference_mean`. The released KL term of Flow-GRPO takes `StochasticStep.kl_std` for `std`.
     """
     squares = mean_per_sample((_precise(mean) - _precise(reference_mean.detach())).square())
-    return squares / (2 * torch.as_tensor(std).to(squares).square())
+    return squares / (2 * torch.as_tensor(std, dtype=squares.dtype, device=squares.device).square())
 
 
 def policy_loss(
