@@ -12,6 +12,8 @@ reference; `reward_weighted_loss` takes scored single images; `denoising_loss` o
 Policy gradients need no pairs and no gradient of a reward: `group_advantages` (or `median_advantages`) of rewards, a
 ratio of densities (`guarded_ratio_from_noise`, `guarded_ratio` or `plain_ratio`), and `policy_loss` or
 `kl_masked_loss`, which give a loss per sample.
+
+Captioned images alone, and soft tokens instead of weights: `softrepa_loss` over a matrix of errors.
 """
 
 from .denoising import denoising_errors, denoising_loss, min_snr_weights, pair_errors
@@ -30,14 +32,18 @@ from .policy_gradient import (
     step_weights,
 )
 from .reward_weighted import RewardWeightedTerms, reward_weighted_loss
+from .softrepa import SoftREPATerms, denoising_logits, denoising_matrix, softrepa_loss
 
 __all__ = [
     "DiffusionDPOTerms",
     "MaPOTerms",
     "PolicyTerms",
     "RewardWeightedTerms",
+    "SoftREPATerms",
     "denoising_errors",
+    "denoising_logits",
     "denoising_loss",
+    "denoising_matrix",
     "diffusion_dpo_loss",
     "gaussian_divergence",
     "group_advantages",
@@ -53,5 +59,6 @@ __all__ = [
     "policy_loss",
     "reward_weighted_loss",
     "scaled_clip_range",
+    "softrepa_loss",
     "step_weights",
 ]
