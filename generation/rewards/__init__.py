@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pick_score import PickScore, load_pick_score
     from .redness import Redness
     from .registry import load_reward, load_rewards, register_reward
+    from .remote import RemoteReward
     from .reward import AnyReward, Reward, as_reward
     from .scoring import ScoredImage, ScoreTable, score_files
     from .weighted_sum import WeightedSum
@@ -45,6 +46,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pick_score": ["PickScore", "load_pick_score"],
         "redness": ["Redness"],
         "registry": ["load_reward", "load_rewards", "register_reward"],
+        "remote": ["RemoteReward"],
         "reward": ["AnyReward", "Reward", "as_reward"],
         "scoring": ["ScoreTable", "ScoredImage", "score_files"],
         "weighted_sum": ["WeightedSum"],

@@ -54,16 +54,16 @@ def load_reward(spec: str, *, device: Device = None, dtype: Dtype = "auto") -> R
         spec: `cosine:ENCODER`; `clipscore` or `clipscore:ENCODER`, `clipscore-percent` likewise; `pickscore` or
             `pickscore:FOLDER`; `hps-v2.1` or `hps-v2`, or `hps-v2.1:FILE`; `aesthetic-v2` or `aesthetic-v2:HEAD_FILE`,
             `aesthetic-v1:HEAD_FILE`, both also with `@ENCODER` at the end; `f-clipscore:ENCODER`;
-            `jpeg-compressibility`, `jpeg-incompressibility`; a prefix of `register_reward`; or `MODULE:FUNCTION`, a
-            callable of your own (or a `Reward`), looked for in the working folder, too. ENCODER is what
-            `mmalign.load_encoder` takes.
+            `jpeg-compressibility`, `jpeg-incompressibility`; the address of a server, `http://HOST:PORT/PATH` or
+            https, see `RemoteReward`; a prefix of `register_reward`; or `MODULE:FUNCTION`, a callable of your own (or
+            a `Reward`), looked for in the working folder, too. ENCODER is what `mmalign.load_encoder` takes.
         device: see `mmalign.Encoder.to`; the fastest present by default.
         dtype: of image towers, likewise: the fastest by default; float32 gives the same scores on every machine.
 
     Raises:
         InputError: the spec names nothing known, or something that cannot be used.
         EncoderUnavailableError: weights of an encoder are not on this machine and cannot be fetched.
-        ModelUnavailableError: likewise, weights of a reward.
+        ModelUnavailableError: likewise, weights of a reward or its server.
     """
     prefix = re.split("[:@]", spec, maxsplit=1)[0]
     rest = spec[len(prefix) :].removeprefix(":")
@@ -238,6 +238,18 @@ def _redness(rest: str, device: Device, dtype: Dtype) -> Reward:
     return Redness()
 
 
+def _http(rest: str, device: Device, dtype: Dtype) -> Reward:
+    from .remote import RemoteReward
+
+    return RemoteReward(f"http:{rest}")
+
+
+def _https(rest: str, device: Device, dtype: Dtype) -> Reward:
+    from .remote import RemoteReward
+
+    return RemoteReward(f"https:{rest}")
+
+
 REWARDS: dict[str, RewardSource] = {
     usage.partition(":")[0].partition("[")[0]: RewardSource(load, usage, summary)
     for load, usage, summary in (
@@ -252,6 +264,8 @@ REWARDS: dict[str, RewardSource] = {
         (_f_clip_score, "f-clipscore:ENCODER", "how much words of the prompt contradict the image; 0 where none does"),
         (_jpeg_compressibility, "jpeg-compressibility", "minus the JPEG's size in kB; no prompt, no gradient"),
         (_jpeg_incompressibility, "jpeg-incompressibility", "the JPEG's size in kB; no prompt, no gradient"),
+        (_http, "http://HOST:PORT/PATH", "a server of your own, see generation.rewards.RemoteReward; no gradient"),
+        (_https, "https://HOST/PATH", "likewise"),
         (_redness, "redness", "red less green and blue, to try training out; no prompt"),
     )
 }  # fmt: skip
@@ -267,7 +281,7 @@ def _weighted(spec: str) -> tuple[str, float]:
         number = float(weight)
     except ValueError:
         return spec, 1.0
-    if not equals:
+    if not equals or re.fullmatch(r"https?://.*[?&][^=&]*", name):  # the number belongs to the address
         return spec, 1.0
     if not math.isfinite(number):
         raise InputError(f"reward {spec!r} has the weight {weight}; give a finite number")
