@@ -61,6 +61,7 @@ def latents(*, seed: int, n: int = 2) -> tuple[Tensor, Tensor, Tensor]:
         {},
         {"set_alpha_to_one": True},
         {"steps_offset": 0},
+        {"steps_offset": 0, "set_alpha_to_one": True},
         {"timestep_spacing": "trailing"},
         {"timestep_spacing": "linspace"},
         {"beta_schedule": "linear", "num_train_timesteps": 500},
