@@ -106,14 +106,22 @@ def looks_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
     """Pairs of arms at the gain that both reached; then each arm at its end."""
     seeds = range(len(next(iter(runs.values()))))
-    lines = ["| at equal gain, mean of the seeds | gain | before | first | second | difference |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| at equal gain, mean of the seeds | gain | before | first | second | difference |",
+        "|---|---|---|---|---|---|",
+    ]
     for first, second in PAIRS:
         if not {first, second} <= set(runs):
             continue
         both = [(looks_of(runs[first][seed]), looks_of(runs[second][seed])) for seed in seeds]
-        gains = [min(max(r["probe_uncorrected"] for r in rows) - rows[0]["probe_uncorrected"] for rows in pair) for pair in both]
+        gains = [
+            min(max(r["probe_uncorrected"] for r in rows) - rows[0]["probe_uncorrected"] for rows in pair)
+            for pair in both
+        ]
         for key, name in list(SHOWN.items())[1:]:
-            found = np.array([[at_gain(rows, key, gain) for rows in pair] for pair, gain in zip(both, gains, strict=True)])
+            found = np.array(
+                [[at_gain(rows, key, gain) for rows in pair] for pair, gain in zip(both, gains, strict=True)]
+            )
             difference = found[:, 1] - found[:, 0]
             spread = f" ± {difference.std(ddof=1):.3f}" if len(difference) > 1 else ""
             before = np.mean([pair[0][0][key] for pair in both])
@@ -121,7 +129,13 @@ def table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
                 f"| {name}: {ARMS[first][0]}, {ARMS[second][0]} | {np.mean(gains):.3f} | {before:.3f} | "
                 f"{found[:, 0].mean():.3f} | {found[:, 1].mean():.3f} | {difference.mean():+.3f}{spread} |"
             )
-    heads = ["reward gained", "held-out reward", "similarity within prompts", "clipped high / low", "denoiser calls a step"]
+    heads = [
+        "reward gained",
+        "held-out reward",
+        "similarity within prompts",
+        "clipped high / low",
+        "denoiser calls a step",
+    ]
     lines += ["", f"| at the end | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for arm, of in runs.items():
         ends = [looks_of(rows)[-1] for rows in of]

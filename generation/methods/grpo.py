@@ -521,10 +521,11 @@ class GRPOTrainer(RewardTrainer):
     def _check_ratio(self, values: Mapping[str, float]) -> None:
         """Warn once of ratios that are off before anything was updated, by more than what the clip tells apart."""
         error = values.get("ratio_error", 0.0)
-        if self.config.trust != "clip" or error <= self._clip(self._dims) / 2 or "ratio" in self._warned:
+        if not error or self.config.trust != "clip" or "ratio" in self._warned:
             return
-        self._warned.append("ratio")
-        self.warn(
-            f"step {self.step + 1}: ratios differ from 1 by {error:.2g} before the first update, and the clip range is "
-            f"{self._clip(self._dims):.2g}: the network does not answer twice alike; set dtype to float32"
-        )
+        if error > (clip := self._clip(self._dims)) / 2:
+            self._warned.append("ratio")
+            self.warn(
+                f"step {self.step + 1}: ratios differ from 1 by {error:.2g} before the first update, and the clip range "
+                f"is {clip:.2g}: the network does not answer twice alike; set dtype to float32"
+            )
