@@ -2,6 +2,7 @@
 
     python scripts/bench_training.py                        tiny SDXL without a GPU, SDXL's own UNet with one
     python scripts/bench_training.py --model sdxl --checkpointing --batch-size 8 --method diffusion-dpo
+    python scripts/bench_training.py --method grpo          one step: rollout, decoding and reward, training
 
 `sdxl` is SDXL's UNet configuration with random weights in bfloat16 at 1024 px: speed does not depend on what weights
 say. Data are sample photographs through the trainer's own check, cache and loader; for `sdxl` random tensors of SDXL's
@@ -10,6 +11,9 @@ shapes stand in for what VAE and text encoders say, as those are not run while t
 Three loops over the same network take turns, step by step, so that a noisy neighbour disturbs all alike: the trainer
 undisturbed, the trainer with a clock around its parts, and a bare loop written here (noise, network, loss, backward,
 clip, AdamW) on a batch that is already in memory. Clocks wait for the GPU, so the parts add up to more than a step.
+
+For grpo (ten steps, no guidance, groups of the batch size) the bare loops are as many forward passes of the network
+without gradient as the rollout takes, and as many forward and backward passes as training takes, in the same batches.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from generation.training import DenoisingTrainer
+    from generation import GRPOTrainer
+    from generation.training import DenoisingTrainer, Trainer
     from generation.training.denoiser import Batch
     from generation.training.training_set import EncodedSet
 
@@ -50,8 +55,8 @@ PARTS = ("data", "forward", "loss", "backward", "optimiser", "shell")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "sdxl"), help="default: sdxl with a GPU, else tiny")
-    parser.add_argument("--method", choices=("mapo", "diffusion-dpo"), default="mapo")
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs per step (default: 4)")
+    parser.add_argument("--method", choices=("mapo", "diffusion-dpo", "grpo"), default="mapo")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs, or images of GRPO, per pass (default: 4)")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, help="measured turns of each loop (default: 60 for tiny, else 20)")
@@ -77,6 +82,9 @@ def main() -> None:
     arguments.steps = arguments.steps or (60 if arguments.model == "tiny" else 20)
     if arguments.threads or arguments.model == "tiny":
         torch.set_num_threads(arguments.threads or 1)
+    if arguments.method == "grpo":
+        report_grpo(arguments, measure_grpo(arguments))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         trainer, data = make_trainer(arguments, Path(temporary))
         figures = describe(arguments, trainer) | measure(arguments, trainer, data)
@@ -334,10 +342,160 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# -- GRPO --------------------------------------------------------------------------------------------------------------
+
+
+def make_grpo_trainer(arguments: argparse.Namespace, folder: Path) -> GRPOTrainer:
+    """A trainer, ready to step; the reward costs nothing."""
+    import torch
+
+    from generation import GRPOConfig, GRPOTrainer
+    from generation.rewards import as_reward
+    from generation.training.encoding import PromptEncoder
+    from generation.training.hardware import make_accelerator
+    from generation.training.prompt_set import PromptSet
+
+    full = arguments.model == "sdxl"
+    config = GRPOConfig(
+        data="prompts", output=folder / "run", model=arguments.model, rank=arguments.rank, steps=10**6,
+        resolution=1024 if full else 64, batch_size=arguments.batch_size, group_size=arguments.batch_size,
+        accumulation=2, updates=1, dtype="bfloat16" if full else "float32", probe_size=0, max_grad_norm=1.0,
+        gradient_checkpointing=arguments.checkpointing, device=str(arguments.device),
+    )  # fmt: skip
+    pipeline = make_pipeline(full, arguments.device)
+    trainer = GRPOTrainer(config, pipeline=pipeline)
+    trainer.accelerator = make_accelerator(config)
+    prompts: Any = RandomPrompts() if full else PromptEncoder(pipeline, arguments.device)
+    names = [f"photo {number}" for number in range(8)]
+    trainer.prompts = PromptSet(
+        names, prompts, batch_size=arguments.batch_size, seed=0, store=folder / "cache", dtype=torch.float16
+    )
+    trainer.prompts.encode_all(progress=False)
+    trainer.reward, trainer.held_out, trainer.probe_prompts = as_reward(brightness), {}, []
+    trainer.attach(pipeline)
+    return trainer
+
+
+def brightness(images: Any, prompts: Any) -> list[float]:
+    return [float(image.mean()) for image in images]
+
+
+def measure_grpo(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of a step's parts, and of the same passes of the network alone."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = make_grpo_trainer(arguments, Path(temporary))
+        batches = trainer.batches(trainer.prompts, 0)
+        config, device = trainer.config, arguments.device
+        call: tuple[Any, dict[str, Any]] = ((), {})
+        forward = trainer.learner.network.forward
+
+        def listen(*args: Any, **options: Any) -> Any:
+            nonlocal call
+            call = (args, options)
+            return forward(*args, **options)
+
+        trainer.learner.network.forward = listen
+        trainer.update(next(batches))
+        trainer.learner.network.forward = forward
+        passes = config.accumulation * config.sampling_steps
+        graded = config.accumulation * (config.sampling_steps - 1)
+        parameters = trainer.learner.adaptation.parameters
+
+        def bare_rollout() -> None:
+            with torch.no_grad():
+                for _ in range(passes):
+                    forward(*call[0], **call[1])
+
+        def bare_training() -> None:
+            for _ in range(graded):
+                torch.autograd.grad(forward(*call[0], **call[1])[0].float().square().mean(), parameters)
+
+        found: dict[str, list[float]] = defaultdict(list)
+        for _ in range(max(3, arguments.steps // 10)):
+            for name, value in clocked_grpo_step(trainer, next(batches), device).items():
+                found[name].append(value)
+            found["bare rollout"].append(milliseconds(bare_rollout, device))
+            found["bare training"].append(milliseconds(bare_training, device))
+        figures: dict[str, Any] = {name: statistics.median(values) for name, values in found.items()}
+        figures |= describe(arguments, trainer) | {"passes": passes, "graded": graded}
+        figures["images"] = config.batch_size * config.accumulation
+        if device.type == "cuda":
+            from torch.utils.flop_counter import FlopCounterMode
+
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+            network: Any = trainer.learner.network
+            network.disable_gradient_checkpointing()
+            for name, run in (("rollout_tflop", bare_rollout), ("training_tflop", bare_training)):
+                with FlopCounterMode(display=False) as counter:
+                    run()
+                figures[name] = counter.get_total_flops() / 1e12
+    return figures
+
+
+def clocked_grpo_step(trainer: GRPOTrainer, batches: Any, device: torch.device) -> dict[str, float]:
+    """Rollout; decoding and reward; training; and what is left of the step."""
+    from unittest.mock import patch
+
+    spent: dict[str, float] = defaultdict(float)
+
+    def clocked(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            result: Any = None
+
+            def run() -> None:
+                nonlocal result
+                result = call(*args, **options)
+
+            spent[name] += milliseconds(run, device)
+            return result
+
+        return timed
+
+    parts = {"_draw": "rollout", "_scores": "decoding and reward", "_step": "training"}
+    with contextlib.ExitStack() as stack:
+        for attribute, name in parts.items():
+            stack.enter_context(patch.object(trainer, attribute, clocked(name, getattr(trainer, attribute))))
+        spent["step"] = milliseconds(lambda: trainer.update(batches), device)
+    trainer.step += 1
+    spent["rest"] = spent["step"] - sum(spent[name] for name in parts.values())
+    return spent
+
+
+def report_grpo(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """For people, then a table row for the README."""
+    checkpointing = ", checkpointing" * figures["checkpointing"]
+    print(f"{figures['device']}; {figures['model']}, grpo, {figures['images']} images a step{checkpointing}\n")
+    for name in ("rollout", "bare rollout", "decoding and reward", "training", "bare training", "rest", "step"):
+        print(f"{name:<20}{figures[name]:10.1f} ms")
+    over = {name: figures[name] / figures[f"bare {name}"] - 1 for name in ("rollout", "training")}
+    print(f"\nover the network alone: rollout {over['rollout']:+.1%}, training {over['training']:+.1%}")
+    row = {
+        "device": figures["device"], "model": figures["model"], "images": figures["images"],
+        "rollout, ms": f"{figures['rollout']:.0f}", "over the network": f"{over['rollout']:+.1%}",
+        "training, ms": f"{figures['training']:.0f}", "over it": f"{over['training']:+.1%}",
+        "decoding and reward, ms": f"{figures['decoding and reward']:.0f}", "rest, ms": f"{figures['rest']:.0f}",
+    }  # fmt: skip
+    if arguments.device.type == "cuda":
+        for name in ("rollout", "training"):
+            least = 1e3 * figures[f"{name}_tflop"] / arguments.peak_tflops
+            print(
+                f"{name}: {figures[f'{name}_tflop']:.0f} TFLOP, by arithmetic no less than {least:.0f} ms at "
+                f"{arguments.peak_tflops:g} TFLOP/s; {least / figures[name]:.0%} of that speed"
+            )
+        print(f"peak memory {figures['peak_memory_gb']:.1f} GB")
+    print()
+    for line in (row, ["---"] * len(row), row.values()):
+        print("|", " | ".join(map(str, line)), "|")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
 # -- telling -----------------------------------------------------------------------------------------------------------
 
 
-def describe(arguments: argparse.Namespace, trainer: DenoisingTrainer) -> dict[str, Any]:
+def describe(arguments: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     """What ran on what."""
     import accelerate
     import diffusers

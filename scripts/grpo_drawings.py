@@ -142,14 +142,16 @@ def table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
         starts = [looks_of(rows)[0] for rows in of]
         trained = [row for rows in of for row in rows if "clipped_high" in row]
         gains = [end["probe_uncorrected"] - start["probe_uncorrected"] for end, start in zip(ends, starts, strict=True)]
-        lines.append(
-            f"| {ARMS[arm][0]} | {np.mean(gains):.3f} ({min(gains):.3f} to {max(gains):.3f}) | "
-            f"{np.mean([end['probe_cosine'] for end in ends]):.3f} | "
-            f"{np.mean([end['probe_within_prompt_similarity'] for end in ends]):.3f} | "
-            f"{np.mean([row['clipped_high'] for row in trained]):.2f} / {np.mean([row['clipped_low'] for row in trained]):.2f} | "
-            f"{np.mean([row['denoiser_calls'] for row in trained]):.0f} |"
-        )
+        told = [f"{np.mean(gains):.3f} ({min(gains):.3f} to {max(gains):.3f})"]
+        told += [f"{np.mean([end[key] for end in ends]):.3f}" for key in list(SHOWN)[1:]]
+        high, low = (np.mean([row[name] for row in trained]) for name in ("clipped_high", "clipped_low"))
+        told += [f"{high:.2f} / {low:.2f}", f"{np.mean([row['denoiser_calls'] for row in trained]):.0f}"]
+        lines.append(f"| {ARMS[arm][0]} | {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
+
+
+def most_gained(rows: Sequence[dict[str, Any]]) -> float:
+    return float(max(row["probe_uncorrected"] for row in rows) - rows[0]["probe_uncorrected"])
 
 
 def draw(path: Path, runs: dict[str, list[list[dict[str, Any]]]]) -> None:

@@ -526,6 +526,6 @@ class GRPOTrainer(RewardTrainer):
         if error > (clip := self._clip(self._dims)) / 2:
             self._warned.append("ratio")
             self.warn(
-                f"step {self.step + 1}: ratios differ from 1 by {error:.2g} before the first update, and the clip range "
-                f"is {clip:.2g}: the network does not answer twice alike; set dtype to float32"
+                f"step {self.step + 1}: ratios differ from 1 by {error:.2g} before the first update, and the clip "
+                f"range is {clip:.2g}: the network does not answer twice alike; set dtype to float32"
             )
