@@ -22,6 +22,7 @@ from .reward_gradient import (
     RewardGradientTrainer,
 )
 from .reward_weighted import RewardWeightedConfig, RewardWeightedTrainer
+from .softrepa import SoftREPAConfig, SoftREPATrainer
 from .supervised import SupervisedConfig, SupervisedTrainer
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "RewardGradientTrainer",
     "RewardWeightedConfig",
     "RewardWeightedTrainer",
+    "SoftREPAConfig",
+    "SoftREPATrainer",
     "SupervisedConfig",
     "SupervisedTrainer",
 ]
@@ -59,6 +62,7 @@ METHODS: dict[str, type[Trainer]] = {
         DiffusionDPOTrainer,
         RewardWeightedTrainer,
         SupervisedTrainer,
+        SoftREPATrainer,
         AlignPropTrainer,
         DRaFTTrainer,
         DRaFTLVTrainer,

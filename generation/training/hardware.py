@@ -57,8 +57,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         # accelerate keeps its first precision and device for the life of the process; a second trainer has its own.
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[training_dtype(config, device)]
-    if precision == "bf16" and config.adaptation == "lora" and not config.dora:
-        precision = "no"  # frozen weights are bfloat16 and the LoRA follows its input: nothing is left to autocast
+    if precision == "bf16" and config.adaptation != "full" and not config.dora:
+        precision = "no"  # frozen weights are bfloat16 and what is added follows them: nothing is left to autocast
     if device.index is not None and not distributed:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     else:

@@ -323,7 +323,10 @@ class Trainer(ABC):
 
     def _check_sharding(self) -> None:
         config = self.config
-        wanted = {"adaptation lora": config.adaptation == "lora", "ema_decay": config.ema_decay is not None}
+        wanted = {
+            f"adaptation {config.adaptation}": config.adaptation != "full",
+            "ema_decay": config.ema_decay is not None,
+        }
         wanted["validation_prompts"] = bool(config.validation_prompts)
         wanted[f"method {config.method}"] = self.through_pipeline
         cannot = [name for name, present in wanted.items() if present]
