@@ -1,7 +1,8 @@
-"""LoRA files on a pipeline for a while, with proof that they were applied.
+"""LoRA files and soft tokens on a pipeline for a while, with proof that they were applied.
 
 diffusers loads what fits and only warns about the rest, so that an adapter of another model can seem to be loaded and
-do nothing. Here every matrix of the file has to find its layer.
+do nothing. Here every matrix of the file has to find its layer. Soft tokens (`generation.soft_tokens`) are told by the
+file's own metadata, and go together with LoRAs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mmalign.errors import InputError, ModelUnavailableError, reason_of
 from mmalign.files import sha256_of
 
 from .pipelines import denoiser_of, pipeline_family, quiet_diffusers
+from .soft_tokens import SoftTokens, holds_soft_tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,7 +38,7 @@ _UP = re.compile(r"(^|[._])lora(_B|_up|\.up|_linear_layer\.up)\.weight$|lora_emb
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA file on this machine and the weight it is to be applied with; 1 is what it was trained for."""
+    """A file of a LoRA or of soft tokens, and the weight it is to be applied with; 1 is what it was trained for."""
 
     name: str
     file: Path
@@ -55,8 +57,25 @@ def adapters_applied(pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -
 
     Raises:
         InputError: a file fits this pipeline not at all or in part, is damaged, or is in a format that diffusers
-            cannot apply in full; or the pipeline has adapters already.
+            cannot apply in full; soft tokens have another weight than 0 and 1; or the pipeline has LoRAs already.
     """
+    tokens = [adapter for adapter in adapters if holds_soft_tokens(adapter.file)]
+    with contextlib.ExitStack() as stack:
+        for adapter in tokens:
+            if adapter.weight not in (0, 1):
+                raise InputError(
+                    f"soft tokens {adapter.name} have the weight {adapter.weight:g}, but are on or off; give 1 or 0"
+                )
+            attached = SoftTokens.load(adapter.file).attach(denoiser_of(pipeline)[1])
+            stack.enter_context(attached)
+            if not adapter.weight:
+                attached.remove()
+        stack.enter_context(_loras_applied(pipeline, [adapter for adapter in adapters if adapter not in tokens]))
+        yield
+
+
+@contextlib.contextmanager
+def _loras_applied(pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -> Iterator[None]:
     if not adapters:
         yield
         return

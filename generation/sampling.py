@@ -61,8 +61,8 @@ def generate(
         model: whatever `load_pipeline` takes. A name is loaded anew at each call; for many calls pass a pipeline,
             which is used as it is and left as it was.
         unet: see `load_pipeline`: what `mmalign train --adaptation full` exports.
-        adapter: LoRA file, folder or hub id, or several; see `find_adapter`.
-        adapter_weight: one for all or one each; 1 is full strength, 0 is none.
+        adapter: LoRA or soft tokens by file, folder or hub id, or several; see `find_adapter`.
+        adapter_weight: one for all or one each; 1 is full strength, 0 is none. Soft tokens know these two.
         negative_prompt: what to move away from, one for all or one a prompt. FLUX takes none.
         images_per_prompt: how many images of each prompt; the images of a prompt follow each other in the result.
         steps: denoising steps; the pipeline's own number by default, as with the next three.

@@ -1,7 +1,8 @@
 """Training data: preference pairs and captioned images, read from where they lie and checked before the first step.
 
-`open_source` reads Parquet, a folder with `metadata.jsonl`, twin folders `winner/` and `loser/`, or a dataset of the
-`datasets` library; `check_data` decodes every image once and says by name which rows cannot be used, and why.
+`open_source` reads Parquet, a folder with `metadata.jsonl`, twin folders `winner/` and `loser/`, webdataset tars, or a
+dataset of the `datasets` library; `check_data` decodes every image once and says by name which rows cannot be used, and
+why.
 """
 
 # ruff: noqa: F401 (`__all__` comes from lazy_loader)

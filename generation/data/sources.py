@@ -17,7 +17,7 @@ __all__ = ["RowSource", "digest_files", "open_source", "walk"]
 
 LAYOUTS = (
     "Parquet files (jpg_0, jpg_1, label_0, caption, or image, caption), a folder with metadata.jsonl, "
-    "twin folders winner/ and loser/, a folder written by save_to_disk"
+    "twin folders winner/ and loser/, webdataset tars, a folder written by save_to_disk"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -57,7 +57,8 @@ def open_source(data: str | os.PathLike[str] | RowSource, *, split: str | None =
 
     Args:
         data: a Parquet file or a folder of them (at any depth); a folder with `metadata.jsonl`, or such a file; a
-            folder with `winner/` and `loser/`; a folder that `save_to_disk` of the `datasets` library wrote;
+            folder with `winner/` and `loser/`; a webdataset tar of captioned images, or a folder of them (at any
+            depth); a folder that `save_to_disk` of the `datasets` library wrote;
             `datasets:NAME` (a hub name or path for `datasets.load_dataset`), which a bare `ORG/NAME` that is no path
             here also means.
         split: for `datasets:` and `save_to_disk` the split ("train" by default); for a folder of Parquet files those
@@ -87,6 +88,11 @@ def open_source(data: str | os.PathLike[str] | RowSource, *, split: str | None =
 
         _refuse_split(text, split)
         return ParquetSource(path.parent, [path])
+    if path.suffix.lower() == ".tar" and path.is_file():
+        from .tar import TarSource
+
+        _refuse_split(text, split)
+        return TarSource(path.parent, [path])
     if path.is_file():
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
             raise InputError(f"{text!r} is not .parquet or .jsonl; give {LAYOUTS}, or datasets:NAME")
@@ -119,7 +125,14 @@ def _open_folder(path: Path, split: str | None) -> RowSource:
         if not several_splits:
             _refuse_split(str(path), split)
         return HubSource(str(path), split or "train")
-    files = [file for file in walk(path) if file.suffix.lower() in (".parquet", ".pq")]
+    below = walk(path)
+    files = [file for file in below if file.suffix.lower() in (".parquet", ".pq")]
+    tars = [file for file in below if file.suffix.lower() == ".tar"]
+    if tars and not files:
+        from .tar import TarSource
+
+        _refuse_split(str(path), split)
+        return TarSource(path, tars)
     if split is not None:
         of_split = [file for file in files if _is_of_split(file.relative_to(path), split)]
         if files and not of_split:

@@ -42,8 +42,8 @@ def data_check(
     data: Annotated[
         str,
         typer.Argument(
-            help="Parquet files, a folder with metadata.jsonl, with winner/ and loser/, or of save_to_disk, or "
-            "datasets:NAME.",
+            help="Parquet files, webdataset tars, a folder with metadata.jsonl, with winner/ and loser/, or of "
+            "save_to_disk, or datasets:NAME.",
             show_default=False,
         ),
     ],

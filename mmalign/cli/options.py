@@ -115,7 +115,7 @@ Unet = Annotated[
 ]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", help="A LoRA: file, folder, run or hub id; may repeat."),
+    typer.Option("--adapter", "-a", help="A LoRA or soft tokens: file, folder, run or hub id; may repeat."),
 ]
 AdapterWeights = Annotated[
     list[float] | None, typer.Option(help="How strongly to apply it; once for all or once each. (default: 1)")
