@@ -74,17 +74,17 @@ class ContrastSet:
     """
 
     def __init__(self, pairs: EncodedSet, held_out: EncodedSet | None, *, bank: int, seed: int) -> None:
-        """`bank`: captions of other pairs beside those of each batch."""
+        """`bank`: captions of other pairs beside those of each batch, as many as there are."""
         self._pairs, self._held_out, self._bank, self._seed = pairs, held_out, bank, seed
         self.fingerprint = pairs.fingerprint + (held_out.fingerprint if held_out else "")
         self.threaded = pairs.threaded
 
     def batch(self, number: int) -> ContrastBatch:
         """The batch of this number in the run."""
-        images = self._pairs.batch(number)
-        count = len(self._pairs.samples)
-        drawn = torch.randint(count, (self._bank,), generator=stream(self._seed, "caption bank", number)).tolist()
-        return ContrastBatch.of(images, [self._pairs.assemble([index], [0]) for index in drawn])
+        images, samples = self._pairs.batch(number), self._pairs.samples
+        order = torch.randperm(len(samples), generator=stream(self._seed, "caption bank", number)).tolist()
+        others = [index for index in order if samples[index].name not in images.names] if self._bank else []
+        return ContrastBatch.of(images, [self._pairs.assemble([index], [0]) for index in others[: self._bank]])
 
     def probe(self, size: int) -> Iterator[Batch]:
         """The held-out pairs one by one, `size` at most."""
