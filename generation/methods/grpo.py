@@ -431,7 +431,7 @@ class GRPOTrainer(RewardTrainer):
         values = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(unbiased=False))}
         values |= {f"reward_{name}": float(scored[:, i].mean()) for i, name in enumerate(names) if i}
         values |= {"group_std": float(spread.mean()), "equal_groups": float((spread == 0).double().mean())}
-        values["denoiser_calls"] = float(sum(rollout.denoiser_calls for rollout in rollouts))
+        values["denoiser_calls"] = float(sum(gather_object([rollout.denoiser_calls for rollout in rollouts])))
         place = {int(number): i for i, number in enumerate(numbers)}
         if config.rollout == "tree":
             own = {n: rewards[place[n] : place[n] + leaves] for batch in batches for n in batch.ordinals}
@@ -505,17 +505,21 @@ class GRPOTrainer(RewardTrainer):
         return self.learner.step(items, self.loss)
 
     def _ratio_values(self) -> dict[str, float]:
-        """Mean and spread of the ratio over this process's transitions, and for each step of the sampler."""
-        if not self._ratios:
+        """Mean and spread of the ratio over all transitions, and at each step of the sampler."""
+        from accelerate.utils import gather_object
+
+        own = [(number, ratio) for number, parts in self._ratios.items() for ratio in torch.cat(parts).tolist()]
+        first = [float((parts[0] - 1).abs().max()) for parts in list(self._ratios.values())[:1]]
+        everything, errors = gather_object(own), gather_object(first)
+        if not everything:
             return {}
-        by_step = {number: torch.cat(parts).double() for number, parts in sorted(self._ratios.items())}
-        everything = torch.cat(list(by_step.values()))
-        values = {"ratio_mean": float(everything.mean()), "ratio_std": float(everything.std(unbiased=False))}
-        for number, ratios in by_step.items():
-            values |= {f"ratio_mean_{number}": float(ratios.mean())}
-            values |= {f"ratio_std_{number}": float(ratios.std(unbiased=False))}
-        first = next(iter(self._ratios.values()))[0]
-        values["ratio_error"] = float((first - 1).abs().max())  # before the first update, where it should be 0
+        ratios = np.array([ratio for _, ratio in everything])
+        numbers = np.array([number for number, _ in everything])
+        values = {"ratio_mean": float(ratios.mean()), "ratio_std": float(ratios.std())}
+        for number in sorted(set(numbers.tolist())):
+            values[f"ratio_mean_{number}"] = float(ratios[numbers == number].mean())
+            values[f"ratio_std_{number}"] = float(ratios[numbers == number].std())
+        values["ratio_error"] = max(errors)  # of the first pass, before anything was updated, where it should be 0
         return values
 
     def _check_ratio(self, values: Mapping[str, float]) -> None:

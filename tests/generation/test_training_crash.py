@@ -79,17 +79,19 @@ def test_runs_killed_at_random_moments_end_as_the_undisturbed_one(server, photo_
     assert kills >= 9
 
 
-@pytest.mark.parametrize("method", ["mapo", "draft"])
+@pytest.mark.parametrize("method", ["mapo", "draft", "grpo"])
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(method, photo_pairs, tmp_path):
-    """`draft` calls the network through a pipeline, past the wrapper that averages gradients."""
+    """`draft` and `grpo` call the network through a pipeline, past the wrapper that averages gradients."""
     options = ["--model", "tiny:sdxl", "--resolution", "64", "--steps", "4", "--rank", "4", "--learning-rate", "1e-3"]
     options += ["--batch-size", "1", "--checkpoint-every", "2", "--probe-size", "2", "--device", "cpu", "--quiet"]
     data = photo_pairs
-    if method == "draft":
+    if method in ("draft", "grpo"):
         data = tmp_path / "prompts.txt"
         data.write_text("".join(f"a {thing}\n" for thing in ("dog", "boat", "cup", "tree", "fish")))
         options += ["--reward", "redness", "--held-out-reward", "jpeg-incompressibility", "--sampling-steps", "3"]
-        options += ["--gradient-steps", "last:2", "--probe-images", "2"]
+        options += ["--gradient-steps", "last:2", "--probe-images", "2"] if method == "draft" else []
+        if method == "grpo":  # one group, half of it in each process
+            options += ["--batch-size", "2", "--group-size", "4", "--updates", "1", "--probe-size", "0"]
     one = [sys.executable, "-m", "mmalign.cli"]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmalign.cli"]
     for command, name, accumulation in ((one, "one", "2"), (two, "two", "1")):
