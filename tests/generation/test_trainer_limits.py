@@ -390,7 +390,7 @@ def test_a_report_is_json(run: Run, tmp_path: Path) -> None:
 def test_progress_bar_and_curves_show_what_the_method_has(method: str, run: Run, tmp_path: Path, curves: None) -> None:
     extra = {"beta": 0.0} if method == "rwl" else {}
     trainer = METHODS[method]
-    report = run(trainer, steps=1, probe_size=1, **extra)
+    report = run(trainer, steps=1, probe_size=2, **extra)
     assert {name for name, _ in trainer.shown.values()} <= set(report.values)
     assert ("ranked right" in trainer.shown) == (method in ("mapo", "diffusion-dpo"))
     assert (tmp_path / "run" / "curves.png").is_file()
