@@ -106,4 +106,5 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(method, p
     for row, other in zip(first, second, strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
     for key in one_:
-        torch.testing.assert_close(one_[key], two_[key], rtol=0, atol=1e-5)
+        # Adam takes what rounds otherwise as far as a large gradient; a step of it is 1e-3.
+        torch.testing.assert_close(one_[key], two_[key], rtol=0, atol=1e-5 if method != "grpo" else 1e-4)
