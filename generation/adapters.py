@@ -66,8 +66,9 @@ def adapters_applied(pipeline: DiffusionPipeline, adapters: Sequence[Adapter]) -
                 raise InputError(
                     f"soft tokens {adapter.name} have the weight {adapter.weight:g}, but are on or off; give 1 or 0"
                 )
-            attached = SoftTokens.load(adapter.file).attach(denoiser_of(pipeline)[1])
-            stack.enter_context(attached)
+            network = denoiser_of(pipeline)[1]
+            soft = SoftTokens.load(adapter.file).to(next(network.parameters()).device)
+            attached = stack.enter_context(soft.attach(network))
             if not adapter.weight:
                 attached.remove()
         stack.enter_context(_loras_applied(pipeline, [adapter for adapter in adapters if adapter not in tokens]))
