@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from generation.methods import METHODS, MaPOConfig, RewardGradientConfig, RewardWeightedConfig
+from generation.training import RewardConfig
 from generation.training.configuration import (
     RunConfig,
     TrainingConfig,
@@ -120,6 +121,8 @@ def test_every_value_is_echoed_and_read_again(kind: type[RunConfig], tmp_path: P
     other, parent = (
         (OTHER, TrainingConfig) if issubclass(kind, TrainingConfig) else (OTHER_OF_REWARDS, RewardGradientConfig)
     )
+    if not issubclass(kind, parent):  # GRPO
+        other, parent = {name: other[name] for name in vars(RewardConfig())}, RewardConfig
     if kind.method == "softrepa":  # trains neither a LoRA nor all weights
         other = other | {"adaptation": "tokens"}
     shared = {field.name for field in dataclasses.fields(parent)}
