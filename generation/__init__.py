@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         RewardGradientTrainer,
         RewardWeightedConfig,
         RewardWeightedTrainer,
+        SoftREPAConfig,
+        SoftREPATrainer,
         SupervisedConfig,
         SupervisedTrainer,
     )
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         load_rewards,
     )
     from .sampling import generate, generate_again, generate_each
+    from .soft_tokens import SoftTokens, soft_tokens_applied
     from .tiny import tiny_pipeline
     from .training import (
         DenoisingTrainer,
@@ -107,6 +110,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "RewardGradientTrainer",
             "RewardWeightedConfig",
             "RewardWeightedTrainer",
+            "SoftREPAConfig",
+            "SoftREPATrainer",
             "SupervisedConfig",
             "SupervisedTrainer",
         ],
@@ -125,6 +130,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_rewards",
         ],
         "sampling": ["generate", "generate_again", "generate_each"],
+        "soft_tokens": ["SoftTokens", "soft_tokens_applied"],
         "tiny": ["tiny_pipeline"],
         "training": [
             "DenoisingTrainer",

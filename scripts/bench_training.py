@@ -3,6 +3,7 @@
     python scripts/bench_training.py                        tiny SDXL without a GPU, SDXL's own UNet with one
     python scripts/bench_training.py --model sdxl --checkpointing --batch-size 8 --method diffusion-dpo
     python scripts/bench_training.py --method grpo          one step: rollout, decoding and reward, training
+    python scripts/bench_training.py --method softrepa      one step: every image under every caption
 
 `sdxl` is SDXL's UNet configuration with random weights in bfloat16 at 1024 px: speed does not depend on what weights
 say. Data are sample photographs through the trainer's own check, cache and loader; for `sdxl` random tensors of SDXL's
@@ -14,6 +15,7 @@ clip, AdamW) on a batch that is already in memory. Clocks wait for the GPU, so t
 
 For grpo (ten steps, no guidance, groups of the batch size) the bare loops are as many forward passes of the network
 without gradient as the rollout takes, and as many forward and backward passes as training takes, in the same batches.
+For softrepa (sdxl at 512 px) the bare loop is the network's forward and backward pass to the tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ PARTS = ("data", "forward", "loss", "backward", "optimiser", "shell")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "sdxl"), help="default: sdxl with a GPU, else tiny")
-    parser.add_argument("--method", choices=("mapo", "diffusion-dpo", "grpo"), default="mapo")
+    parser.add_argument("--method", choices=("mapo", "diffusion-dpo", "grpo", "softrepa"), default="mapo")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs, or images of GRPO, per pass (default: 4)")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--checkpointing", action="store_true")
@@ -84,6 +86,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads or 1)
     if arguments.method == "grpo":
         report_grpo(arguments, measure_grpo(arguments))
+        return
+    if arguments.method == "softrepa":
+        report_softrepa(arguments, measure_softrepa(arguments))
         return
     with tempfile.TemporaryDirectory() as temporary:
         trainer, data = make_trainer(arguments, Path(temporary))
@@ -114,9 +119,12 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[Denoising
     full = arguments.model == "sdxl"
     make_pairs(folder / "pairs", max(24, arguments.batch_size))
     kind = METHODS[arguments.method]
+    contrast = arguments.method == "softrepa"
+    lora = {"probe_size": 0} if contrast else {"rank": arguments.rank}
     config = load_config(kind.config_class, {
-        "data": str(folder / "pairs"), "output": folder / "run", "model": arguments.model, "rank": arguments.rank,
-        "resolution": 1024 if full else 64, "batch_size": arguments.batch_size, "accumulation": 1, "steps": 10**6,
+        "data": str(folder / "pairs"), "output": folder / "run", "model": arguments.model, **lora,
+        "resolution": (512 if contrast else 1024) if full else 64, "batch_size": arguments.batch_size,
+        "accumulation": 1, "steps": 10**6,
         "dtype": "bfloat16" if full else "float32", "gradient_checkpointing": arguments.checkpointing,
         "workers": arguments.workers, "device": str(arguments.device),
     })  # fmt: skip
@@ -129,7 +137,11 @@ def make_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[Denoising
     report = folder / "left_out_rows.jsonl"
     checked = check(config, trainer.accelerator, config.data, kind.unit, report=report, warn=print)
     encoders = Encoders(pipeline, latents, prompts)
-    data = encode(config, trainer.accelerator, checked, kind.unit, encoders, seed=config.seed)
+    data: Any = None
+    if contrast:
+        data = trainer.encode_rows([checked], encoders)
+    else:
+        data = encode(config, trainer.accelerator, checked, kind.unit, encoders, seed=config.seed)
     trainer.attach(pipeline)
     return trainer, data
 
@@ -486,6 +498,74 @@ def report_grpo(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
             )
         print(f"peak memory {figures['peak_memory_gb']:.1f} GB")
     print()
+    for line in (row, ["---"] * len(row), row.values()):
+        print("|", " | ".join(map(str, line)), "|")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+# -- SoftREPA ----------------------------------------------------------------------------------------------------------
+
+
+def measure_softrepa(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of a step, and of the same passes of the network alone."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer, data = make_trainer(arguments, Path(temporary))
+        batches, network = trainer.batches(data, 0), trainer.learner.network
+        calls: list[tuple[Any, dict[str, Any]]] = []
+
+        def listen(_: Any, args: Any, options: dict[str, Any]) -> None:
+            calls.append((args, options))
+
+        hook = network.register_forward_pre_hook(listen, with_kwargs=True)
+        trainer.update(next(batches))
+        hook.remove()
+        trainer.step += 1
+        parameters = trainer.learner.adaptation.parameters
+
+        def step() -> None:
+            trainer.update(next(batches))
+            trainer.step += 1
+
+        def bare() -> None:
+            for args, options in calls:
+                torch.autograd.grad(network(*args, **options)[0].float().square().mean(), parameters)
+
+        for run in (step, bare):
+            run()
+        found: dict[str, list[float]] = {"step": [], "bare": []}
+        for _ in range(arguments.steps):
+            found["step"].append(milliseconds(step, arguments.device))
+            found["bare"].append(milliseconds(bare, arguments.device))
+        figures: dict[str, Any] = {name: statistics.median(values) for name, values in found.items()}
+        figures |= describe(arguments, trainer) | {"forwards": arguments.batch_size**2}
+        if arguments.device.type == "cuda":
+            from torch.utils.flop_counter import FlopCounterMode
+
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated(arguments.device) / 1e9
+            with FlopCounterMode(display=False) as counter:
+                bare()
+            figures["tflop"] = counter.get_total_flops() / 1e12
+    return figures
+
+
+def report_softrepa(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """For people, then a table row for the README."""
+    over = figures["step"] / figures["bare"] - 1
+    print(f"{figures['device']}; {figures['model']}, softrepa, {figures['forwards']} denoisings a step")
+    print(f"step {figures['step']:.1f} ms, the network alone {figures['bare']:.1f} ms: {over:+.1%}")
+    if arguments.device.type == "cuda":
+        least = 1e3 * figures["tflop"] / arguments.peak_tflops
+        print(
+            f"{figures['tflop']:.1f} TFLOP a step (by arithmetic 51 for 4 images of SDXL at 512 px), no less than "
+            f"{least:.0f} ms at {arguments.peak_tflops:g} TFLOP/s; peak memory {figures['peak_memory_gb']:.1f} GB"
+        )
+    row = {
+        "device": figures["device"], "model": figures["model"], "denoisings": figures["forwards"],
+        "ms/step": f"{figures['step']:.0f}", "over the network alone": f"{over:+.1%}",
+    }  # fmt: skip
     for line in (row, ["---"] * len(row), row.values()):
         print("|", " | ".join(map(str, line)), "|")
     if arguments.json:

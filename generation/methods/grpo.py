@@ -99,14 +99,18 @@ class GRPOConfig(RewardConfig):
         RewardConfig.explanation
         + """
 
---preset takes a method (flow-grpo, grpo-guard, mc-grpo, branch-grpo,
-dance-grpo), a card (24gb, 48gb, 80gb), or several with commas between, such
-as grpo-guard,mc-grpo,24gb. A step draws BATCH_SIZE x ACCUMULATION images on
-each GPU, in groups of GROUP_SIZE for a prompt, and takes UPDATES optimiser
-steps on them."""
+A step draws BATCH_SIZE x ACCUMULATION images on each GPU, in groups of
+GROUP_SIZE for a prompt, and takes UPDATES optimiser steps on them."""
     )
-    example: ClassVar[str] = "PROMPTS OUTPUT --reward pickscore --preset grpo-guard"
+    example: ClassVar[str] = "PROMPTS OUTPUT --reward pickscore --preset grpo-guard,24gb"
 
+    preset: str | None = setting(
+        None,
+        f"A paper's settings ({', '.join(GRPO_PRESETS)}), a card ({', '.join(REWARD_PRESETS)}), or several with commas "
+        "between, later ones winning; your own settings win over all.",
+        panel="Options",
+        fixed=False,
+    )
     group_size: int = setting(8, "Images drawn of each prompt, whose rewards are compared.", ge=2)
     updates: int = setting(2, "Optimiser steps on each rollout, each on its own share of the images.", ge=1)
     stochastic_sampler: Literal["auto", "flow-sde", "dance-sde", "cps", "ddim"] = setting(

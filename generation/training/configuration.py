@@ -140,8 +140,7 @@ class RunConfig:
     variant: str | None = _options(None, "Weight variant of the hub repository, e.g. fp16.")
     preset: str | None = _options(
         None,
-        f"Memory preset: {', '.join(PRESETS)}; several with commas between, later ones win; your own settings win over "
-        "all.",
+        f"Memory preset: {', '.join(PRESETS)}; your own settings win over it.",
         fixed=False,
     )
     dry_run: bool = _options(
@@ -217,7 +216,7 @@ class TrainingConfig(RunConfig):
     """What every trainer on stored images needs. A method's own config derives from this; it adds hyperparameters."""
 
     data_kinds: ClassVar[str] = """Parquet (jpg_0, jpg_1, label_0, caption); a folder with metadata.jsonl,
-with winner/ and loser/, or of save_to_disk; datasets:NAME.
+with winner/ and loser/, of save_to_disk, or of webdataset tars; datasets:NAME.
 `mmalign data check --help` says more of them."""
     explanation: ClassVar[str] = "Rows are checked before anything else."
 
