@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..training.trainer import Trainer
 from .d2_align import D2AlignConfig, D2AlignTrainer
 from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-from .grpo import GRPOConfig, GRPOTrainer
+from .grpo import GRPOTrainer
+from .grpo_settings import GRPOConfig
 from .mapo import MaPOConfig, MaPOTrainer
 from .reward_gradient import (
     AlignPropConfig,
