@@ -114,10 +114,7 @@ def table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
         if not {first, second} <= set(runs):
             continue
         both = [(looks_of(runs[first][seed]), looks_of(runs[second][seed])) for seed in seeds]
-        gains = [
-            min(max(r["probe_uncorrected"] for r in rows) - rows[0]["probe_uncorrected"] for rows in pair)
-            for pair in both
-        ]
+        gains = [min(most_gained(rows) for rows in pair) for pair in both]
         for key, name in list(SHOWN.items())[1:]:
             found = np.array(
                 [[at_gain(rows, key, gain) for rows in pair] for pair, gain in zip(both, gains, strict=True)]

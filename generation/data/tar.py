@@ -113,13 +113,13 @@ def _read(file: BinaryIO, member: _Member) -> bytes:
 
 
 def _entries(number: int, path: Path) -> Iterator[_Entry]:
-    """The rows of a tar by its headers; what is neither image nor text is skipped."""
+    """The rows of a tar by its headers; what is neither image nor text, or stored with holes, is skipped."""
     try:
         with tarfile.open(path, "r:") as opened:
-            members = [member for member in opened if member.isfile()]
+            members = [member for member in opened if member.isfile() and not member.issparse()]
         size = path.stat().st_size
-        if members and members[-1].offset_data + members[-1].size > size:
-            raise tarfile.ReadError("it ends too early")
+        if any(member.size < 0 or member.offset_data + member.size > size for member in members):
+            raise tarfile.ReadError("it ends too early, or a header lies about a size")
     except (OSError, tarfile.TarError) as error:
         raise InputError(
             f"{str(path)!r} is not a whole, uncompressed tar ({reason_of(error)}); fetch it again, or unpack .gz"

@@ -21,7 +21,7 @@ from mmalign.errors import InputError
 
 from ..objectives.branch_tree import depth_advantages, fuse_rewards, grow_tree, keep_edges
 from ..objectives.group_advantages import MAX_ADVANTAGE, group_advantages, median_advantages
-from ..objectives.noise_windows import check_noise_window, draw_noise_window
+from ..objectives.noise_windows import draw_noise_window
 from ..objectives.policy_gradient import (
     gaussian_divergence,
     guarded_ratio,
@@ -92,50 +92,11 @@ class GRPOTrainer(RewardTrainer):
     def check_settings(self) -> None:
         """Refuse switches that do not go together, before anything is loaded."""
         super().check_settings()
-        config = self.config
-        check_noise_window(config.noise_window, config.sampling_steps)
-        if config.lora_dropout:
-            raise InputError("lora_dropout makes what is trained another model than what drew; set it to 0")
-        if config.sampler != "ddim" or config.eta:
-            raise InputError("sampler and eta are of other methods; set stochastic_sampler and noise_level")
-        if config.advantage == "median" and config.rollout == "independent" and config.group_size % 2 == 0:
-            raise InputError(
-                f"group_size {config.group_size} has no middle; advantage median needs an odd one, such as "
-                f"{config.group_size + 1}, of which the median image trains nothing"
-            )
-        if config.rollout == "tree":
-            splits, last = config.splits, config.sampling_steps - 2
-            if not splits or splits[0] < 0 or splits[-1] > last:
-                raise InputError(
-                    f"split_steps {config.split_steps!r} are not all among the steps 0 to {last} that add noise"
-                )
-            if config.group_size != 2 ** len(splits):
-                raise InputError(
-                    f"group_size {config.group_size} is not the {2 ** len(splits)} leaves of a tree with "
-                    f"{len(splits)} splits; set one of them"
-                )
-            for name in ("advantage", "noise_window", "initial_noise", "aggregate"):
-                if getattr(config, name) != getattr(GRPOConfig(), name):
-                    raise InputError(f"{name} {getattr(config, name)!r} is not of trees; leave it out")
+        self.config.check()
 
     def prepare(self) -> Any:
         """As every trainer on rewards, once the numbers of images are known to fit."""
-        config, count = self.config, self.accelerator.num_processes
-        images = config.batch_size * config.accumulation * count
-        whole = config.group_size * (count if config.rollout == "tree" else 1)
-        if images % whole:
-            raise InputError(
-                f"{images} images a step (batch_size {config.batch_size} x accumulation {config.accumulation} x "
-                f"{count} processes) are no whole number of groups of {config.group_size}"
-                + (" on each process" if whole != config.group_size else "")
-                + "; change one of them"
-            )
-        units = images // whole if config.rollout == "tree" else config.accumulation
-        if units < config.updates:
-            raise InputError(
-                f"{config.updates} updates cannot share {units} {'trees' if config.splits else 'batches'} of a step; "
-                "lower updates or raise accumulation"
-            )
+        self.config.check_groups(self.accelerator.num_processes)
         return super().prepare()
 
     def connect(self, pipeline: DiffusionPipeline) -> None:
@@ -147,6 +108,13 @@ class GRPOTrainer(RewardTrainer):
             kind = "ddim" if unet else "flow-sde"
         self.kind: SamplerKind = kind
         self.level = config.noise_level if config.noise_level is not None else _NOISE_LEVELS[kind]
+        if (kind == "ddim") != unet:
+            fits = "ddim" if unet else "flow-sde, dance-sde or cps"
+            raise InputError(f"stochastic_sampler {kind} is not for this model; set it to {fits}")
+        if kind in ("ddim", "cps") and self.level > 1:
+            raise InputError(f"noise_level {self.level:g} is above 1, the most that {kind} can add; lower it")
+        if pipeline_family(pipeline) == "flux" and config.guidance == 1:
+            self.warn("FLUX's guidance is a number that the network is told, not classifier-free; it is made for 3.5")
         self.tree = grow_tree(config.sampling_steps, config.splits)
         clip = config.clip_range if config.clip_range is not None else _CLIP_RANGES[config.ratio]
         self._clip = lambda dims: scaled_clip_range(clip, dims)
@@ -197,10 +165,14 @@ class GRPOTrainer(RewardTrainer):
         self._weights_of = dict(zip(trained, weights, strict=True))
         parts = []
         for number in range(config.updates):
-            chosen = [item for unit in items[number :: config.updates] for item in unit]
-            if (found := self._step(chosen)) is not None:
+            first, end = (len(items) * n // config.updates for n in (number, number + 1))
+            if (found := self._step([item for unit in items[first:end] for item in unit])) is not None:
                 parts.append(found)
-        if not parts:
+            if number == 0:  # nothing had been updated before these passes
+                ratios = [ratio for of in self._ratios.values() for ratio in of]
+                self._error = max((float((ratio - 1).abs().max()) for ratio in ratios), default=0.0)
+        if not parts and "equal rewards" not in self._warned:
+            self._warned.append("equal rewards")
             self.warn(f"step {self.step + 1}: all rewards of a group are equal, in every group; nothing was learnt")
         for name in parts[0] if parts else ():
             values[name] = float(np.mean([part[name] for part in parts]))
@@ -325,7 +297,7 @@ class GRPOTrainer(RewardTrainer):
         with torch.no_grad():
             for piece in latents.split(self.config.batch_size):
                 images += self.decode(piece)[0].cpu()
-        if self.config.aggregate == "advantages" and isinstance(self.reward, WeightedSum):
+        if isinstance(self.reward, WeightedSum):
             terms = {name: (weight, reward(images, prompts)) for name, (weight, reward) in self.reward.terms.items()}
             total = np.sum([weight * scores for weight, scores in terms.values()], axis=0)
             return {"": total, **{name: scores for name, (_, scores) in terms.items()}}
@@ -333,7 +305,7 @@ class GRPOTrainer(RewardTrainer):
 
     def _advantages(self, scored: Float[Tensor, "n terms"], groups: Tensor) -> tuple[Tensor, Tensor]:
         """Of all images of a step, and which of them train nothing."""
-        if scored.shape[1] == 1 or not isinstance(self.reward, WeightedSum):
+        if self.config.aggregate == "rewards" or not isinstance(self.reward, WeightedSum):
             return self._advantages_of(scored[:, 0], groups)
         total, excluded = torch.zeros(len(scored), dtype=torch.float64), torch.ones(len(scored), dtype=torch.bool)
         for column, (weight, _) in enumerate(self.reward.terms.values(), 1):
@@ -380,8 +352,7 @@ class GRPOTrainer(RewardTrainer):
         from accelerate.utils import gather_object
 
         own = [(number, ratio) for number, parts in self._ratios.items() for ratio in torch.cat(parts).tolist()]
-        first = [float((parts[0] - 1).abs().max()) for parts in list(self._ratios.values())[:1]]
-        everything, errors = gather_object(own), gather_object(first)
+        everything, errors = gather_object(own), gather_object([self._error])
         if not everything:
             return {}
         ratios = np.array([ratio for _, ratio in everything])
@@ -390,7 +361,7 @@ class GRPOTrainer(RewardTrainer):
         for number in sorted(set(numbers.tolist())):
             values[f"ratio_mean_{number}"] = float(ratios[numbers == number].mean())
             values[f"ratio_std_{number}"] = float(ratios[numbers == number].std())
-        values["ratio_error"] = max(errors)  # of the first pass, before anything was updated, where it should be 0
+        values["ratio_error"] = max(errors)  # of what came before the first update, where it should be 0
         return values
 
     def _check_ratio(self, values: Mapping[str, float]) -> None:

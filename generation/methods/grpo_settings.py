@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from mmalign.errors import InputError
 
+from ..objectives.noise_windows import check_noise_window
 from ..training.configuration import inherited, setting, settings
-from ..training.presets import REWARD_PRESETS, Preset, both
+from ..training.presets import GRPO_CARDS, Preset, both
 from ..training.reward_training import RewardConfig
 
 __all__ = ["GRPO_PRESETS", "GRPOConfig"]
 
-# Settings of each paper as far as the method goes; how large a run is stays the user's.
+# What is each paper's own, so that they combine; all else, and how large a run is, stays as it is.
 GRPO_PRESETS: dict[str, Preset] = {
     "flow-grpo": both(
         "flow-grpo", ratio="plain", step_weight="none", advantage="global-std", kl_weight=0.04, learning_rate=3e-4
@@ -30,6 +31,10 @@ GRPO_PRESETS: dict[str, Preset] = {
         sampling_steps=20,
         split_steps="0,3,6,9",
         group_size=16,
+        ratio="plain",
+        step_weight="none",
+        advantage="group-std",
+        initial_noise="image",
         kl_weight=0.0,
     ),
     "dance-grpo": both(
@@ -46,6 +51,9 @@ GRPO_PRESETS: dict[str, Preset] = {
 }
 
 
+_OPTIMISATION = "Optimisation"
+
+
 @settings
 class GRPOConfig(RewardConfig):
     """Settings of `GRPOTrainer`; the defaults are GRPO-Guard's, without classifier-free guidance.
@@ -56,7 +64,7 @@ class GRPOConfig(RewardConfig):
 
     method: ClassVar[str] = "grpo"
     summary: ClassVar[str] = "GRPO and its kin: any reward, no gradient of it needed (arXiv 2505.05470, 2510.22319)."
-    presets: ClassVar[Mapping[str, Preset]] = {**GRPO_PRESETS, **REWARD_PRESETS}
+    presets: ClassVar[Mapping[str, Preset]] = {**GRPO_PRESETS, **GRPO_CARDS}
     explanation: ClassVar[str] = (
         RewardConfig.explanation
         + """
@@ -68,7 +76,7 @@ GROUP_SIZE for a prompt, and takes UPDATES optimiser steps on them."""
 
     preset: str | None = setting(
         None,
-        f"A paper's settings ({', '.join(GRPO_PRESETS)}), a card ({', '.join(REWARD_PRESETS)}), or several with commas "
+        f"A paper's settings ({', '.join(GRPO_PRESETS)}), a card ({', '.join(GRPO_CARDS)}), or several with commas "
         "between, later ones winning; your own settings win over all.",
         panel="Options",
         fixed=False,
@@ -112,14 +120,18 @@ GROUP_SIZE for a prompt, and takes UPDATES optimiser steps on them."""
         None, "Of the ratio, at 65,536 latent numbers; scaled to this run's. (default: plain 1e-4, guard 2e-6)", gt=0
     )
     kl_threshold: float = setting(1e-5, "Divergence from the weights that drew, above which kl-mask drops.", gt=0)
-    kl_weight: float = setting(0.0, "Times the divergence from the model before training.", ge=0)
+    kl_weight: float = setting(
+        0.0, "Times the divergence from the model before training, of the images that are trained.", ge=0
+    )
     kl_form: Literal["released", "exact"] = setting("released", "Without the step's length, as released, or with it.")
     probe_sampling_steps: int = setting(40, "Denoising steps of the probe's images, without added noise.", ge=1)
     guidance: float = inherited(RewardConfig, "guidance", 1.0)
     sampling_steps: int = inherited(RewardConfig, "sampling_steps", 10)
-    steps: int = inherited(RewardConfig, "steps", 300)
+    steps: int = setting(
+        300, "Rollouts, each followed by UPDATES optimiser steps.", fixed=False, ge=1, panel=_OPTIMISATION
+    )
     batch_size: int = inherited(RewardConfig, "batch_size", 4)
-    accumulation: int = inherited(RewardConfig, "accumulation", 12)
+    accumulation: int = setting(12, "Batches of each rollout, per GPU.", ge=1, panel=_OPTIMISATION)
     rank: int = inherited(RewardConfig, "rank", 32)
     learning_rate: float = inherited(RewardConfig, "learning_rate", 1e-4)
     weight_decay: float = inherited(RewardConfig, "weight_decay", 1e-4)
@@ -127,17 +139,63 @@ GROUP_SIZE for a prompt, and takes UPDATES optimiser steps on them."""
     checkpoint_every: int = inherited(RewardConfig, "checkpoint_every", 20)
 
     def in_small(self) -> dict[str, Any]:
-        """Also groups that a short run has, and splits within it."""
+        """Also groups that a short run has, and splits within it; the real run's are checked before.
+
+        Raises:
+            InputError: its images are no whole number of groups, or its updates have nothing to share.
+        """
+        self.check()
+        self.check_groups(1)
         size = {"median": 3}.get(self.advantage, 2)
         tree = {"split_steps": "0", "group_size": 2} if self.rollout == "tree" else {}
-        small: dict[str, Any] = {
-            "group_size": size,
-            "batch_size": size,
-            "probe_sampling_steps": 4,
-            "updates": 1,
-            **tree,
-        }
+        small: dict[str, Any] = {"group_size": size, "batch_size": size, "updates": 1, **tree}
         return {**super().in_small(), "noise_window": "all", "probe_sampling_steps": 4, **small}
+
+    def check(self) -> None:
+        """Raise InputError for switches that do not go together."""
+        check_noise_window(self.noise_window, self.sampling_steps)
+        if self.lora_dropout:
+            raise InputError("lora_dropout makes what is trained another model than what drew; set it to 0")
+        if self.sampler != "ddim" or self.eta:
+            raise InputError("sampler and eta are of other methods; set stochastic_sampler and noise_level")
+        if self.advantage == "median" and self.rollout == "independent" and self.group_size % 2 == 0:
+            raise InputError(
+                f"group_size {self.group_size} has no middle; advantage median needs an odd one, such as "
+                f"{self.group_size + 1}, of which the median image trains nothing"
+            )
+        if self.rollout == "tree":
+            splits, last = self.splits, self.sampling_steps - 2
+            if not splits or splits[0] < 0 or splits[-1] > last:
+                raise InputError(
+                    f"split_steps {self.split_steps!r} are not all among the steps 0 to {last} that add noise; "
+                    "change them, or take more sampling_steps"
+                )
+            if self.group_size != 2 ** len(splits):
+                raise InputError(
+                    f"group_size {self.group_size} is not the {2 ** len(splits)} leaves of a tree with "
+                    f"{len(splits)} splits; set one of them"
+                )
+            for name in ("advantage", "noise_window", "initial_noise", "aggregate"):
+                if getattr(self, name) != getattr(GRPOConfig(), name):
+                    raise InputError(f"{name} {getattr(self, name)!r} is not of trees; leave it out")
+
+    def check_groups(self, processes: int) -> None:
+        """Raise InputError where a step's images do not fit into groups and updates."""
+        images = self.batch_size * self.accumulation * processes
+        whole = self.group_size * (processes if self.rollout == "tree" else 1)
+        if images % whole:
+            raise InputError(
+                f"{images} images a step (batch_size {self.batch_size} x accumulation {self.accumulation} x "
+                f"{processes} processes) are no whole number of groups of {self.group_size}"
+                + (" on each process" if whole != self.group_size else "")
+                + "; change one of them"
+            )
+        units = images // whole if self.rollout == "tree" else self.accumulation
+        if units < self.updates:
+            raise InputError(
+                f"{self.updates} updates cannot share {units} {'trees' if self.splits else 'batches'} of a step; "
+                "lower updates or raise accumulation"
+            )
 
     @property
     def splits(self) -> list[int]:

@@ -34,6 +34,7 @@ __all__ = ["SoftREPAConfig", "SoftREPATrainer"]
 
 _LORA_SETTINGS = ("rank", "alpha", "targets", "lora_dropout", "dora", "rslora")
 _FALL = 0.05  # of the held-out accuracy, to be warned of; proposed, not published
+_DEAD = 10  # exp(-10) = 5e-5
 _DRIFT = 0.2  # of the held-out denoising error, as for preference pairs
 
 
@@ -215,7 +216,9 @@ class SoftREPATrainer(DenoisingTrainer):
         pairs: list[Batch] = list(data.probe(self.config.probe_size))
         if not pairs:
             return {}
-        values = {f"probe_{name}": float(value) for name, value in mean_of(list(self._look_at(pairs))).items()}
+        with self.learner.averaged():  # what is exported
+            looks = list(self._look_at(pairs))
+        values = {f"probe_{name}": float(value) for name, value in mean_of(looks).items()}
         self._keep_best(values["probe_match_accuracy"])
         return values
 
@@ -228,6 +231,11 @@ class SoftREPATrainer(DenoisingTrainer):
             found["match accuracy"] = (
                 f"held-out images are told by their own caption in {now:.0%}, after {best:.0%} at step {step}: the "
                 "tokens learn their pairs by heart; end about there (patience does, and keeps the best tokens)"
+            )
+        if values["probe_mse"] > _DEAD * self.config.temperature:
+            found["temperature"] = (
+                f"the denoising error, {values['probe_mse']:.3g}, is more than {_DEAD} times the temperature "
+                f"{self.config.temperature:g}: all logits are about 0 and next to nothing is learnt; raise temperature"
             )
         drift = values["probe_mse"] / start["probe_mse"] - 1
         if drift > _DRIFT:

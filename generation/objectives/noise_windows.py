@@ -49,7 +49,7 @@ def check_noise_window(form: str, total: int) -> None:
 
 def _parsed(form: str, total: int) -> tuple[str, list[int]]:
     kind, *given = form.split(":")
-    numbers = [int(number) for number in given if number.isdigit()]
+    numbers = [int(number) for number in given if number.isdecimal()]
     count = {"all": (0,), "random": (1, 3), "slide": (2,)}.get(kind, ())
     if len(numbers) != len(given) or len(numbers) not in count:
         raise InputError(f"noise_window {form!r} is not known; give {_FORMS}")

@@ -44,7 +44,7 @@ class RemoteReward(Reward):
         retries: how often it is asked again where there is no connection, or its answer is a status of 500 or more.
     """
 
-    def __init__(self, url: str, *, timeout: float = 60, batch_size: int = 16, retries: int = 2) -> None:
+    def __init__(self, url: str, *, timeout: float = 60, batch_size: int = 16, retries: int = 5) -> None:
         """Ask the server to score a gray square, so that what is wrong shows before anything is drawn.
 
         Raises:

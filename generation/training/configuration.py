@@ -338,7 +338,7 @@ def _preset(kind: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
     if names is None:
         return {}
     found: dict[str, Any] = {}
-    for name in names.split(",") if isinstance(names, str) else [names]:
+    for name in map(str.strip, names.split(",")) if isinstance(names, str) else [names]:
         if name not in list(kind.presets):  # a list: YAML may hold what cannot be hashed
             raise InputError(
                 f"preset {name!r} is not known; use one of {', '.join(kind.presets)}, or several with commas between"

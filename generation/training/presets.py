@@ -16,7 +16,7 @@ from typing import Any
 
 from mmalign.errors import InputError
 
-__all__ = ["PRESETS", "REWARD_PRESETS", "Preset", "both"]
+__all__ = ["GRPO_CARDS", "PRESETS", "REWARD_PRESETS", "Preset", "both"]
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,11 @@ REWARD_PRESETS = {
     "24gb": Preset("24gb", _settings(2, True, total=32), None),
     "48gb": Preset("48gb", _settings(4, True, total=32), _settings(1, True, "adamw8bit", total=32)),
     "80gb": Preset("80gb", _settings(8, True, total=32), _settings(4, True, total=32)),
+}
+
+# 144 images a step: whole groups of 8, 9 and 16.
+GRPO_CARDS = {
+    "24gb": Preset("24gb", _settings(2, True, total=144), None),
+    "48gb": Preset("48gb", _settings(4, True, total=144), _settings(1, True, "adamw8bit", total=144)),
+    "80gb": Preset("80gb", _settings(8, True, total=144), _settings(4, True, total=144)),
 }

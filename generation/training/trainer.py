@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmalign.errors import InputError
+from mmalign.errors import InputError, ModelUnavailableError
 from mmalign.progress import progress_bar
 
 from ..pipelines import (
@@ -360,7 +360,7 @@ class Trainer(ABC):
         with bar as advance, Interruption() as interruption:
             began = drawn = time.perf_counter()
             for chunk in self.batches(self.prepared.data, self.step):
-                values = self.update(chunk)
+                values = self._updated(chunk)
                 self.step += 1
                 now = time.perf_counter()
                 values |= {"step_seconds": now - began, "peak_memory_gb": peak_memory(self.accelerator.device)}
@@ -385,6 +385,18 @@ class Trainer(ABC):
                     raise KeyboardInterrupt
                 began = time.perf_counter()
         return values
+
+    def _updated(self, chunk: list[Any]) -> dict[str, float]:
+        """A step; where something outside is gone before it changed anything, what was trained so far is saved."""
+        before = self.learner.updates
+        try:
+            return self.update(chunk)
+        except ModelUnavailableError:
+            saved = [checkpoint.step for checkpoint in self.folder.checkpoints()]
+            alone = self.accelerator.num_processes == 1  # saving waits for all processes, and only this one failed
+            if alone and self.step and self.step not in saved and self.learner.updates == before:
+                self._save()
+            raise
 
     def _look(self) -> dict[str, float]:
         self.learner.network.eval()

@@ -101,3 +101,25 @@ def test_what_is_no_tar_of_images_is_refused(tmp_path: Path, photos: Path) -> No
         open_source(write(tmp_path / "texts.tar", [("a.txt", b"1")]))
     with pytest.raises(InputError, match="has no splits"):
         open_source(whole, split="train")
+
+
+def test_headers_that_lie_are_refused_and_files_with_holes_are_left_out(tmp_path: Path, photos: Path) -> None:
+    def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+        member = tarfile.TarInfo(name)
+        member.size, member.type = size, kind
+        return member.tobuf(tarfile.GNU_FORMAT)
+
+    def padded(content: bytes) -> bytes:
+        return content + bytes(-len(content) % 512)
+
+    jpeg, end = encoded(photos, 0), bytes(1024)
+    for name, size in (("negative", -5), ("huge", 2**45)):
+        whole = header("a.txt", 1) + padded(b"x") + header("a.jpg", size) + padded(jpeg) + end
+        (tmp_path / f"{name}.tar").write_bytes(whole)
+        with pytest.raises(InputError, match="not a whole, uncompressed tar"):
+            open_source(tmp_path / f"{name}.tar")
+    holes = header("a.jpg", len(jpeg), tarfile.GNUTYPE_SPARSE) + padded(jpeg) + header("a.txt", 1) + padded(b"x")
+    good = header("b.jpg", len(jpeg)) + padded(jpeg) + header("b.txt", 1) + padded(b"y")
+    (tmp_path / "holes.tar").write_bytes(holes + good + end)
+    rows = list(open_source(tmp_path / "holes.tar").rows())
+    assert [(row.caption, row.images) for row in rows] == [("x", (None,)), ("y", (jpeg,))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from generation import GRPOConfig, GRPOTrainer, tiny_pipeline
 from generation.noise_levels import ddim_like
 from generation.objectives.branch_tree import grow_tree
 from generation.objectives.noise_windows import draw_noise_window
-from generation.rewards import WeightedSum, as_reward
+from generation.rewards import Reward, WeightedSum, as_reward
 from generation.rollouts import Policy
 from generation.stochastic_steps import stochastic_steps
 from generation.training.randomness import stream
-from mmalign.errors import InputError
+from mmalign.errors import InputError, ModelUnavailableError
 
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "small") for thing in ("dog", "boat", "cup", "tree")]
 
@@ -80,7 +80,8 @@ SAMPLERS = [
 
 @pytest.mark.parametrize(("family", "given"), SAMPLERS)
 def test_the_ratio_is_one_until_the_weights_change(settings: Any, family: str, given: dict[str, Any]) -> None:
-    more = {"accumulation": 4} if "rollout" in given else {}
+    more: dict[str, Any] = {"accumulation": 4} if "rollout" in given else {}
+    more |= {"guidance": 3.5} if family == "flux" else {}
     report = train(settings(model=f"tiny:{family}", **given, **more))
     assert (report.values["ratio_mean"], report.values["ratio_std"]) == (1.0, 0.0)
     assert report.values["ratio_error"] == 0.0
@@ -187,6 +188,108 @@ def test_gradients_are_those_of_a_loop_by_hand(settings: Any) -> None:
     torch.testing.assert_close(scores.std(), torch.ones((), dtype=scores.dtype), atol=1e-4, rtol=0)
     for mine, theirs in zip(found["gradient"], torch.autograd.grad(total, found["parameters"]), strict=True):
         torch.testing.assert_close(mine, theirs.to(mine), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ratio": "plain", "step_weight": "none"},
+        {"ratio": "guard", "step_weight": "guard"},
+        {"ratio": "guard", "step_weight": "guard", "normalize_weights": True, "clip_range": 1e-3},
+        {"ratio": "plain", "step_weight": "std", "kl_weight": 0.5, "kl_form": "released"},
+        {"ratio": "plain", "step_weight": "none", "kl_weight": 0.5, "kl_form": "exact"},
+    ],
+)
+def test_the_loss_is_what_the_settings_say(settings: Any, given: dict[str, Any]) -> None:
+    """Written out for weights that have moved since the rollout, from its noise, with the sigmas of the scheduler."""
+    checked: list[int] = []
+
+    class Spied(GRPOTrainer):
+        def _step(self, items: Any) -> Any:
+            values = super()._step(items)
+            sigmas, config = self.sampler.scheduler.sigmas.double(), self.config
+            lengths = [float(sigmas[i] - sigmas[i + 1]) for i in range(3)]
+            for item in items:
+                step = item.step
+                call = self._call(item.batch, step.roots)
+                mean, old = self._drawing.mean(call, step)[0].detach().double(), step.mean.double()
+                s = float(sigmas[step.number])
+                sigma_t = 0.7 * (s / (1 - (float(sigmas[1]) if s == 1 else s))) ** 0.5
+                std = sigma_t * lengths[step.number] ** 0.5
+                z = (step.samples.double() - old) / std
+                first = ((mean - old) * z).flatten(1).mean(dim=1)
+                squares = (mean - old).square().flatten(1).mean(dim=1)
+                log_ratio = first if config.ratio == "guard" else first / std - squares / (2 * std**2)
+                weights = {"none": [1.0] * 3, "guard": [1 / d for d in lengths], "std": None}[config.step_weight]
+                weight = std if weights is None else weights[step.number]
+                if config.normalize_weights:
+                    weight *= 3 / sum(1 / d for d in lengths)
+                clip = config.clip_range or (2e-6 if config.ratio == "guard" else 1e-4)
+                clip *= (65536 / mean[0].numel()) ** 0.5
+                ratio, worth = log_ratio.exp(), item.advantages
+                losses = -weight * torch.minimum(worth * ratio, worth * ratio.clamp(1 - clip, 1 + clip))
+                if config.kl_weight:
+                    base = self._drawing.mean(call, step, self.reference)[0].double()
+                    spread = sigma_t if config.kl_form == "released" else std
+                    losses = losses + 0.5 * (mean - base).square().flatten(1).mean(dim=1) / (2 * spread**2)
+                loss = float(self.loss(item)[0].detach()) / item.share
+                assert loss == pytest.approx(float(losses.sum()), rel=1e-4, abs=1e-5)
+                checked.append(step.number)
+            return values
+
+    train(settings(**{"accumulation": 1, "learning_rate": 1e-2, **given}), kind=Spied)
+    assert checked == [0, 1, 2]
+
+
+def items_of(given: dict[str, Any], reward: Any) -> tuple[list[Any], GRPOTrainer]:
+    """What is trained on in the first step."""
+    found: list[Any] = []
+
+    class Spied(GRPOTrainer):
+        def _step(self, items: Any) -> Any:
+            found.extend(items)
+            return super()._step(items)
+
+    trainer = Spied(GRPOConfig(**given), reward=reward, held_out={})
+    trainer.train()
+    return found, trainer
+
+
+def test_advantages_are_what_the_settings_say(settings: Any) -> None:
+    rewards = [0.0, 0.0, 0.0, 1.0, 0.0, 0.1, 0.2, 0.3]
+    given: Iterator[float] = iter(())
+
+    def scored(images: Sequence[Tensor], prompts: Sequence[str]) -> list[float]:
+        return [next(given) for _ in images]
+
+    given = iter(rewards)
+    items, _ = items_of(settings("global", advantage="global-std"), scored)
+    both = torch.cat([item.advantages for item in items if item.step.number == 0])
+    groups = torch.tensor(rewards, dtype=torch.float64).view(2, 4)
+    wanted = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std(correction=0) + 1e-4)
+    torch.testing.assert_close(both.view(2, 4), wanted)
+
+    given = iter([0.0] * 4 + [1.0] + [0.0] * 4 + [1e-6])
+    items, _ = items_of(settings("median", advantage="median", group_size=5, batch_size=5), scored)
+    first, second = (item.advantages for item in items if item.step.number == 0)
+    assert first.tolist() == [0.0] * 4 + [5.0]  # a deviation of 0 is floored, and the rest clamped
+    assert second[4] == pytest.approx(1e-6 / 1e-3, rel=1e-3)
+
+
+def test_a_tree_is_fused_and_pruned_as_the_settings_say(settings: Any) -> None:
+    tree: dict[str, Any] = {"rollout": "tree", "split_steps": "0,1", "accumulation": 1, "sampling_steps": 6}
+    found: dict[str, dict[int, Any]] = {}
+    for name, given in {"path": {}, "mean": {"fusion": 0.0}, "pruned": {"pruning": "best"}}.items():
+        items, _ = items_of(settings(name, **tree, **given), left)
+        found[name] = {item.step.number: item for item in items}
+    # Two leaves below each of the first nodes: their mean, or what the density says.
+    assert not torch.equal(found["mean"][0].advantages, found["path"][0].advantages)
+    torch.testing.assert_close(
+        found["mean"][0].advantages.abs(), torch.full((2,), 0.5**0.5, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    # Of the four edges of each branch after the last split half are trained, the earlier of equal ones.
+    for name, wanted in {"path": [2, 4, 4, 4, 4], "pruned": [2, 4, 4, 4, 0]}.items():
+        assert [float(found[name][number].kept.sum()) for number in range(5)] == wanted
 
 
 def test_a_tree_shares_its_beginning_and_costs_less(settings: Any) -> None:
@@ -325,8 +428,9 @@ def test_several_rewards_may_be_compared_each_by_itself(settings: Any) -> None:
     assert max(float(item.advantages.abs().max()) for item in found["rewards"]) > 0.5
     # 1e-4 is added to the deviation, so that of the small reward is not scaled to 1
     assert max(float(item.advantages.abs().max()) for item in found["advantages"]) > 0.5
-    logs = {name: logged(settings(name)["output"])[-1] for name in found}
-    assert {"reward_left", "reward_small"} <= set(logs["advantages"])
+    for name in found:
+        row = logged(settings(name)["output"])[-1]
+        assert row["reward"] == pytest.approx(row["reward_left"] + row["reward_small"], rel=1e-4)
 
 
 def test_the_anchor_holds(settings: Any) -> None:
@@ -368,6 +472,28 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(settings: Any, tmp_path:
     assert logged(tmp_path / "whole") == logged(tmp_path / "stopped")
 
 
+def test_a_reward_server_that_dies_costs_no_finished_step(settings: Any, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    class Server(Reward):
+        name = fingerprint = "server"
+
+        def score(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+            calls.append(len(images))
+            if len(calls) == 4:
+                raise ModelUnavailableError("reward server cannot be reached; start it")
+            return left(images, prompts)
+
+    given: dict[str, Any] = {"steps": 3, "checkpoint_every": 50}  # two batches a step are scored
+    with pytest.raises(ModelUnavailableError):
+        train(settings("died", **given), reward=Server())
+    report = train(settings("died", **given), reward=Server())
+    assert report.resumed_from == 1
+    train(settings("whole", **given), reward=left)
+    whole, again = adapter(tmp_path / "whole"), adapter(tmp_path / "died")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -380,10 +506,13 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(settings: Any, tmp_path:
         ({"rollout": "tree", "split_steps": "0,1", "advantage": "global-std"}, "'global-std' is not of trees"),
         ({"noise_window": "random:9"}, "9 steps do not fit"),
         ({"noise_window": "sometimes"}, "'sometimes' is not known"),
+        ({"noise_window": "random:²"}, "is not known"),
+        ({"group_size": 3, "dry_run": True}, "8 images a step .* no whole number of groups of 3"),
         ({"eta": 0.5}, "set stochastic_sampler and noise_level"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
-        ({"stochastic_sampler": "ddim"}, "DDIM"),
-        ({"model": "tiny:sdxl", "stochastic_sampler": "cps"}, "cps"),
+        ({"stochastic_sampler": "ddim"}, "ddim is not for this model; set it to flow-sde"),
+        ({"model": "tiny:sdxl", "stochastic_sampler": "cps"}, "cps is not for this model; set it to ddim"),
+        ({"stochastic_sampler": "cps", "noise_level": 1.5}, "noise_level 1.5 is above 1"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: Any, given: dict[str, Any], message: str) -> None:
@@ -392,6 +521,11 @@ def test_what_cannot_work_is_refused(settings: Any, given: dict[str, Any], messa
 
 
 def test_presets_combine_and_ones_own_settings_win() -> None:
+    for method in (None, "flow-grpo", "grpo-guard", "mc-grpo", "branch-grpo", "dance-grpo"):
+        for card in (None, "24gb", "48gb", "80gb"):
+            names = [name for name in (method, card) if name]
+            for order in (names, names[::-1]):
+                GRPOConfig(**({"preset": ",".join(order)} if order else {})).check_groups(1)
     config = GRPOConfig(preset="flow-grpo,mc-grpo,24gb", learning_rate=7.0)
     assert (config.ratio, config.advantage, config.batch_size, config.learning_rate) == ("plain", "median", 2, 7.0)
     assert GRPOConfig(preset="grpo-guard").kl_weight == 0
