@@ -282,7 +282,7 @@ def test_the_command_line_scores_by_a_server(server: Server, command_line: Any, 
     assert [asked["prompts"] for asked in server.asked[1:]] == [["a photo"] * 3]
     listed = command_line("score", "--list")
     assert "http://HOST:PORT/PATH" in listed.out
-    server.answers = [(500, b"out of memory")] * 3
+    server.answers = [(500, b"out of memory")] * 6
     failed = command_line("score", *files, "--prompt", "a photo", "--reward", server.url)
     assert failed.code != 0
     assert "status 500 (out of memory)" in " ".join(failed.err.split())
