@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.errors import InputError
 
-__all__ = ["Level", "NoiseLevels", "ddim_like", "plain_scheduler", "refuse_edm"]
+__all__ = ["Level", "NoiseLevels", "ddim_like", "plain_scheduler", "precise", "refuse_edm"]
 
 
 class Level(NamedTuple):
@@ -76,7 +76,7 @@ class NoiseLevels:
         In float32 at least: at the first levels of a run an error of the prediction is many times as large in x_0.
         """
         scale, noise, _ = level
-        sample, prediction = _precise(sample), _precise(prediction)
+        sample, prediction = precise(sample), precise(prediction)
         if self.prediction == "flow":
             return sample - noise * prediction, sample + scale * prediction
         if self.prediction == "epsilon":
@@ -91,7 +91,7 @@ class NoiseLevels:
     @staticmethod
     def renoise(clean: Float[Tensor, "n ..."], eps: Float[Tensor, "n ..."], level: Level) -> Tensor:
         """x = scale * x_0 + noise * eps, in float32 at least."""
-        return level.scale * _precise(clean) + level.noise * _precise(eps)
+        return level.scale * precise(clean) + level.noise * precise(eps)
 
     def direct_align(
         self,
@@ -115,7 +115,7 @@ class NoiseLevels:
             there: less noise (the denoising branch) or more (the inversion branch), but not noise alone.
         """
         clean, noise = self.split(sample, prediction, here)
-        return (there.scale * clean + there.noise * (noise - _precise(eps))) / there.scale
+        return (there.scale * clean + there.noise * (noise - precise(eps))) / there.scale
 
 
 def ddim_like(scheduler: Any, **settings: Any) -> Any:
@@ -161,5 +161,6 @@ def refuse_edm(config: Mapping[str, Any]) -> None:
         )
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

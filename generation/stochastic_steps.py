@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.checks import in_range, one_of
 from mmalign.errors import InputError
 
-from .noise_levels import plain_scheduler
+from .noise_levels import plain_scheduler, precise
 
 __all__ = [
     "SamplerKind",
@@ -62,7 +62,7 @@ class StochasticStep:
 
     def mean(self, x: Float[Tensor, "n ..."], output: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """The mean of x', in float32 at least: bfloat16 loses the ratio of two policies."""
-        return self.sample * _precise(x) + self.output * _precise(output)
+        return self.sample * precise(x) + self.output * precise(output)
 
 
 class Transition(NamedTuple):
@@ -78,7 +78,7 @@ def take_step(
 ) -> Transition:
     """x' and its mean, in float32 at least; `noise` is standard normal, and of no account where `std` is 0."""
     mean = step.mean(x, output)
-    return Transition(mean, step.std, mean + step.std * _precise(noise) if step.std else mean)
+    return Transition(mean, step.std, mean + step.std * precise(noise) if step.std else mean)
 
 
 def stochastic_steps(
@@ -116,7 +116,7 @@ def stochastic_steps(
 
 
 def flow_sde_step(sigma: float, next_sigma: float, *, level: float, second_sigma: float) -> StochasticStep:
-    """The SDE of Flow-GRPO (arXiv 2505.05470, eq. 9), sigma_t = level * sqrt(sigma / (1 - sigma)).
+    """The SDE of Flow-GRPO (arXiv 2505.05470), sigma_t = level * sqrt(sigma / (1 - sigma)).
 
     At sigma = 1 the square root takes the second sigma of the run, `second_sigma`, as the released code does.
     """
@@ -190,7 +190,7 @@ def constant_free_log_prob(sample: Float[Tensor, "n ..."], mean: Float[Tensor, "
 
     No gradient goes to `sample`; precision as `gaussian_log_prob`. GRPO-Guard's ratio needs `gaussian_log_prob`.
     """
-    return -mean_per_sample((_precise(sample.detach()) - _precise(mean)).square())
+    return -mean_per_sample((precise(sample.detach()) - precise(mean)).square())
 
 
 def mean_per_sample(values: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
@@ -254,7 +254,3 @@ def _ddim_levels(scheduler: Any) -> tuple[Literal["epsilon", "v_prediction"], Se
 
 def _step(sample: float, output: float, std: float) -> StochasticStep:
     return StochasticStep(sample, output, std, 1 / abs(output) if output else 0.0, std)
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

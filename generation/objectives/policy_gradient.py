@@ -21,6 +21,7 @@ from torch import Tensor
 from mmalign.checks import one_of
 from mmalign.errors import InputError
 
+from ..noise_levels import precise
 from ..stochastic_steps import StochasticStep, mean_per_sample
 
 __all__ = [
@@ -91,7 +92,7 @@ def guarded_ratio_from_noise(
 
     No difference of large numbers, so the best in low precision. No gradient goes to `old_mean` and `noise`.
     """
-    return mean_per_sample((_precise(mean) - _precise(old_mean.detach())) * _precise(noise.detach())).exp()
+    return mean_per_sample((precise(mean) - precise(old_mean.detach())) * precise(noise.detach())).exp()
 
 
 def gaussian_divergence(
@@ -101,7 +102,7 @@ def gaussian_divergence(
 
     No gradient goes to `reference_mean`. The released KL term of Flow-GRPO takes `StochasticStep.kl_std` for `std`.
     """
-    squares = mean_per_sample((_precise(mean) - _precise(reference_mean.detach())).square())
+    squares = mean_per_sample((precise(mean) - precise(reference_mean.detach())).square())
     return squares / (2 * torch.as_tensor(std, dtype=squares.dtype, device=squares.device).square())
 
 
@@ -181,7 +182,3 @@ def step_weights(steps: Sequence[StochasticStep], kind: StepWeight, *, normalize
         raise InputError(f"step weights {kind!r} are all 0; give stochastic steps, that is, a noise level above 0")
     mean = math.fsum(weights) / len(weights)
     return [weight / mean for weight in weights]
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
