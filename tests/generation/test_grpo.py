@@ -378,7 +378,7 @@ def test_the_reward_rises_on_held_out_prompts_too(settings: Any, tmp_path: Path)
         return [float(image.mean()) for image in images]
 
     given = settings(
-        adaptation="full", learning_rate=1e-2, steps=20, group_size=8, batch_size=8, accumulation=4, updates=2,
+        adaptation="full", learning_rate=1e-2, steps=40, group_size=8, batch_size=8, accumulation=4, updates=2,
         clip_range=0.1, probe_size=3, probe_every=10, probe_sampling_steps=4, checkpoint_every=50,
     )  # fmt: skip
     report = train(given, reward=bright)
