@@ -270,6 +270,35 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def blip2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BLIP-2 for retrieval in transformers' own layout: 17 image tokens, 4 queries, 2 layers of cross-attention.
+
+    Its initialisation would make it blind: weights of the image tower of 1e-10, and queries of zeros.
+    """
+    import transformers
+
+    tokenizer = word_tokenizer(("[CLS]", "[SEP]", "[PAD]", "[UNK]"), 32)
+    image_processor = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    processor = transformers.Blip2Processor(image_processor, tokenizer)  # adds a token for images
+    config = transformers.Blip2Config(
+        vision_config={**TINY_TOWER, "image_size": 32, "patch_size": 8, "initializer_range": 0.02},
+        qformer_config={
+            **TINY_TOWER,
+            "num_hidden_layers": 4,
+            "vocab_size": len(processor.tokenizer),
+            "max_position_embeddings": 32,
+            "use_qformer_text_input": True,
+        },
+        num_query_tokens=4,
+        image_text_hidden_size=24,
+    )
+    folder = tmp_path_factory.mktemp("blip2")
+    spread_weights(transformers.Blip2ForImageTextRetrieval(config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(clip_folder: Path) -> Encoder:
     from mmalign import load_encoder
 
