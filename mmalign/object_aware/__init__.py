@@ -1,0 +1,1 @@
+"""Objects in images: boxes, detectors, and encoders whose attention follows them."""
