@@ -89,6 +89,32 @@ class ImagePreprocessing:
         mean, std = (unit.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return ((unit - mean) / std).to(dtype).contiguous()
 
+    def map_boxes(self, boxes: Float[Tensor, "n 4"], height: int, width: int) -> Float[Tensor, "n 4"]:
+        """Where boxes of an image lie in the input that it becomes, clipped to what the input shows of the image.
+
+        Args:
+            boxes: x0, y0, x1, y1 in pixels of the upright image; whole numbers become float32.
+            height: of the image in pixels.
+            width: of the image in pixels.
+
+        Returns:
+            x0, y0, x1, y1 in pixels of the input. A box that was cropped away is empty: x1 equals x0, or y1 y0.
+
+        Raises:
+            InputError: `boxes` has no row of four numbers for each box.
+        """
+        boxes = torch.as_tensor(boxes)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise InputError(f"boxes have shape {tuple(boxes.shape)}; give a row x0, y0, x1, y1 for each box")
+        boxes = boxes if boxes.is_floating_point() else boxes.float()
+        mapped = torch.empty_like(boxes)
+        sides = zip((1, 0), (height, width), self._resized_size(height, width), self.size, strict=True)
+        for column, original, resized, kept in sides:
+            crop, pad, shown = _placed(resized, kept)
+            ends = boxes[:, column::2] * (resized / original) + (pad - crop)
+            mapped[:, column::2] = ends.clamp(pad, pad + shown)
+        return mapped
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types; `from_dict` takes them back.
 
@@ -153,13 +179,17 @@ class ImagePreprocessing:
         return pixels
 
 
+def _placed(have: int, want: int) -> tuple[int, int, int]:
+    """Of an axis of `have` pixels on one of `want`: pixels cropped before, padded before, and shown."""
+    return round(max(have - want, 0) / 2), max(want - have, 0) // 2, min(have, want)
+
+
 def _center_crop_or_pad(pixels: Tensor, size: tuple[int, int], fill: Tensor) -> Tensor:
     source, target = [], []
     for have, want in zip(pixels.shape[-2:], size, strict=True):
-        crop = round(max(have - want, 0) / 2)
-        pad = max(want - have, 0) // 2
+        crop, pad, shown = _placed(have, want)
         source.append(slice(crop, crop + want))
-        target.append(slice(pad, pad + min(have, want)))
+        target.append(slice(pad, pad + shown))
     cropped = pixels[..., source[0], source[1]]
     if tuple(cropped.shape[-2:]) == tuple(size):
         return cropped
