@@ -22,7 +22,7 @@ from mmalign.encoders.compatible import CompatibleEncoder
 from mmalign.encoders.encoder import encoder_classes
 from mmalign.encoders.timm import TimmEncoder, preprocessing_of
 from mmalign.errors import EncoderUnavailableError, NonFiniteLossError
-from mmalign.fine_tuning import CompatibilityReport, Recipe, fine_tune_compatible, running, training
+from mmalign.fine_tuning import CompatibilityReport, Recipe, fine_tune_compatible, loop, running
 from mmalign.fine_tuning import report as reporting
 from mmalign.fine_tuning.report import measure
 from mmalign.fine_tuning.training import FineTuning
@@ -230,16 +230,16 @@ def loop_of(colours: Path, old: Encoder, **changed: Any) -> FineTuning:
 
 def test_the_first_loss_is_the_published_one(colours: Path, old: Encoder, tmp_path: Path) -> None:
     """One batch of everything, computed here from the untouched model."""
-    loop = loop_of(colours, old, epochs=1, warmup_epochs=0, batch_size=36, flip=False, label_smoothing=0.2)
+    ours = loop_of(colours, old, epochs=1, warmup_epochs=0, batch_size=36, flip=False, label_smoothing=0.2)
     twin = loop_of(colours, old, epochs=1, warmup_epochs=0, batch_size=36, flip=False, label_smoothing=0.2)
-    loop.run(tmp_path / "checkpoint.safetensors", "a test", workers=1)
-    assert loop.steps == loop.step == 1
+    ours.run(tmp_path / "checkpoint.safetensors", "a test", workers=1)
+    assert ours.steps == ours.step == 1
     model = twin.encoder.model.train()
     pixels = torch.stack([twin.encoder.load_image(file)[1] for file in twin.files])
     weight = twin.classifier.weight
     expected = oca_loss(model(pixels), twin.labels, twin.prototypes, twin.layer, weight, label_smoothing=0.2)
     for name, value in zip(("loss", "ce", "bct", "cos"), expected, strict=True):
-        assert loop.history[0][name] == pytest.approx(float(value.detach()), rel=1e-4)
+        assert ours.history[0][name] == pytest.approx(float(value.detach()), rel=1e-4)
 
 
 def test_every_image_once_an_epoch_and_half_of_them_mirrored(
@@ -247,12 +247,12 @@ def test_every_image_once_an_epoch_and_half_of_them_mirrored(
 ) -> None:
     seen: list[tuple[int, bool]] = []
 
-    def note(self: FineTuning, images: list[int], pixels: torch.Tensor) -> list[float]:
+    def note(self: FineTuning, images: list[int], pixels: torch.Tensor) -> dict[str, float]:
         for image, found in zip(images, pixels, strict=True):
             upright = self.encoder.load_image(self.files[image])[1]
             assert torch.equal(found, upright) or torch.equal(found, upright.flip(-1))
             seen.append((image, not torch.equal(found, upright)))
-        return [0.0] * 4
+        return dict.fromkeys(("loss", "ce", "bct", "cos"), 0.0)
 
     monkeypatch.setattr(FineTuning, "_update", note)
     loop_of(colours, old, epochs=4).run(tmp_path / "checkpoint.safetensors", "a test")
@@ -306,7 +306,7 @@ def test_what_is_random_inside_a_model_follows_from_seed_and_step(colours: Path,
     losses = []
     for number, seed in ((0, 0), (1, 0), (2, 1)):
         loop = loop_of(colours, old, epochs=1, warmup_epochs=0, flip=False, batch_size=36)
-        loop.recipe = replace(loop.recipe, seed=seed)
+        loop.seed = seed
         loop.encoder.model = torch.nn.Sequential(loop.encoder.model, torch.nn.Dropout(0.5))
         torch.manual_seed(number)
         state = torch.get_rng_state()
@@ -347,7 +347,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     update = FineTuning._update
     left: list[int | None] = [None]
 
-    def interrupted(self: FineTuning, images: list[int], pixels: torch.Tensor) -> list[float]:
+    def interrupted(self: FineTuning, images: list[int], pixels: torch.Tensor) -> dict[str, float]:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] = None if left[0] is None else left[0] - 1
@@ -361,8 +361,8 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 def test_a_stopped_run_ends_in_the_same_bits(
     colours: Path, old: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, seconds: float
 ) -> None:
-    monkeypatch.setattr(training, "_SHARE", 0)
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    monkeypatch.setattr(loop, "_SHARE", 0)
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
     options = {**SMALL, "backbone": backbone}
     whole = fine_tune_compatible(colours, tmp_path / "whole", old_encoder=old, **options)
     stop = stopping(monkeypatch)
@@ -432,7 +432,7 @@ def test_called_again_it_gives_the_report_that_there_is(
 def test_other_settings_do_not_go_on_from_a_checkpoint(
     colours: Path, old: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_SHARE", 0)
+    monkeypatch.setattr(loop, "_SHARE", 0)
     stop = stopping(monkeypatch)
     stop(5)
     with pytest.raises(KeyboardInterrupt):
