@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -78,7 +78,7 @@ class Detector(ABC):
     """
 
     spec: str
-    open_vocabulary: ClassVar[bool] | bool = False
+    open_vocabulary: bool = False
     needs_phrases: bool = False
 
     @property
