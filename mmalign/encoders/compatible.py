@@ -79,7 +79,7 @@ class CompatibleEncoder(TimmEncoder):
     def write(self, folder: Path) -> dict[str, Any]:
         """As `TimmEncoder`, with the report and its pictures."""
         if self.report:
-            from ..fine_tuning.report import write_report
+            from ..fine_tuning.oca.report import write_report
 
             write_report(self.report, folder)
         about = {"compatible_with": self.compatible_with, "compatible_dim": self.compatible_dim}
@@ -88,7 +88,7 @@ class CompatibleEncoder(TimmEncoder):
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any]) -> Self:
         """Rebuild from name and weights."""
-        from ..fine_tuning.report import read_report
+        from ..fine_tuning.oca.report import read_report
 
         tower = TimmEncoder.read(folder, config)
         encoder = cls(

@@ -1,7 +1,5 @@
-"""Fine-tuning an image encoder on labelled images so that it goes on searching what an older one has indexed."""
+"""Fine-tuning image encoders: beside an older one (OCA), or towards a vision-only teacher (kernel alignment)."""
 
-from .recipe import Recipe
-from .report import CompatibilityReport
-from .running import fine_tune_compatible
+from .oca import CompatibilityReport, fine_tune_compatible
 
-__all__ = ["CompatibilityReport", "Recipe", "fine_tune_compatible"]
+__all__ = ["CompatibilityReport", "fine_tune_compatible"]

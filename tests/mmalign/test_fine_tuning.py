@@ -22,10 +22,11 @@ from mmalign.encoders.compatible import CompatibleEncoder
 from mmalign.encoders.encoder import encoder_classes
 from mmalign.encoders.timm import TimmEncoder, preprocessing_of
 from mmalign.errors import EncoderUnavailableError, NonFiniteLossError
-from mmalign.fine_tuning import CompatibilityReport, Recipe, fine_tune_compatible, loop, running
-from mmalign.fine_tuning import report as reporting
-from mmalign.fine_tuning.report import measure
-from mmalign.fine_tuning.training import FineTuning
+from mmalign.fine_tuning import loop
+from mmalign.fine_tuning.oca import CompatibilityReport, Recipe, fine_tune_compatible, running
+from mmalign.fine_tuning.oca import report as reporting
+from mmalign.fine_tuning.oca.report import measure
+from mmalign.fine_tuning.oca.training import FineTuning
 from mmalign.orthogonal_compatibility import class_prototypes, oca_loss
 from mmalign.pairs import read_labelled
 

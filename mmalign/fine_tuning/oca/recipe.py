@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..checks import at_least, in_range, one_of
-from ..errors import InputError
-from ..orthogonal import ORTHOGONAL_MAPS, OrthogonalMap
+from ...checks import at_least, in_range, one_of
+from ...errors import InputError
+from ...orthogonal import ORTHOGONAL_MAPS, OrthogonalMap
 
 __all__ = ["Recipe"]
 

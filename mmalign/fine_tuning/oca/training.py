@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..encoders.compatible import CompatibleEncoder
-from ..orthogonal import OrthogonalLinear
-from ..orthogonal_compatibility import oca_loss
-from .loop import FLIP, ImageLoop
+from ...encoders.compatible import CompatibleEncoder
+from ...orthogonal import OrthogonalLinear
+from ...orthogonal_compatibility import oca_loss
+from ..loop import FLIP, ImageLoop
 from .recipe import Recipe
 
 __all__ = ["FineTuning"]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..metrics import cmc_map_self_excluded
-from ..metrics.chance import chance_hit
-from ..plotting import name_axes, name_rows, new_figure, save_figure, share_axes
+from ...metrics import cmc_map_self_excluded
+from ...metrics.chance import chance_hit
+from ...plotting import name_axes, name_rows, new_figure, save_figure, share_axes
 
 __all__ = ["CompatibilityReport", "measure", "read_report", "write_report"]
 

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from jaxtyping import Int
 
-from ..alignment.split import ImageSplits
-from ..checks import at_least, in_range
-from ..device import resolve_device
-from ..encoders import Encoder, load_encoder
-from ..encoders.compatible import CompatibleEncoder
-from ..encoders.encoder import unit_rows
-from ..encoders.hub import closest
-from ..encoders.timm import TimmEncoder, preprocessing_of
-from ..errors import InputError, LockedError, reason_of
-from ..features import extract_features
-from ..features.items import hash_items
-from ..files import whole_file
-from ..imaging import DEFAULT_DECODING
-from ..orthogonal import OrthogonalMap
-from ..orthogonal_compatibility import class_prototypes
-from ..pairs import CaptionedImage, read_labelled
+from ...alignment.split import ImageSplits
+from ...checks import at_least, in_range
+from ...device import resolve_device
+from ...encoders import Encoder, load_encoder
+from ...encoders.compatible import CompatibleEncoder
+from ...encoders.encoder import unit_rows
+from ...encoders.hub import closest
+from ...encoders.timm import TimmEncoder, preprocessing_of
+from ...errors import InputError, reason_of
+from ...features import extract_features
+from ...features.items import hash_items
+from ...imaging import DEFAULT_DECODING
+from ...orthogonal import OrthogonalMap
+from ...orthogonal_compatibility import class_prototypes
+from ...pairs import read_labelled
+from ..run_folder import check_same_run, check_target, data_digest, locked
 from .recipe import Recipe
 from .report import CompatibilityReport, measure, read_report
 from .training import FineTuning
@@ -115,7 +111,7 @@ def fine_tune_compatible(
     where = resolve_device(device)
     old = old_encoder if isinstance(old_encoder, Encoder) else load_encoder(old_encoder, device=where)
     old.require("image")
-    _check_target(target, old)
+    check_target(target, old, "the old encoder")
     images, root = read_labelled(data)
     files = [root / image.file for image in images]
     splits = ImageSplits.of(images, files, test=test, duplicates="drop", seed=seed, workers=workers, progress=progress)
@@ -126,7 +122,7 @@ def fine_tune_compatible(
         "backbone": name,
         "pretrained": pretrained,
         "old_encoder": old.fingerprint,
-        "data": _digest(content, images, splits),
+        "data": data_digest(content, images, splits),
     }
     finished = read_report(target)
     if finished.get("settings") == settings:
@@ -135,7 +131,7 @@ def fine_tune_compatible(
     encoder = _fresh_encoder(name, pretrained, recipe, old)
     encoder.to(where)
     work = target.with_name(f"{target.name}.training")
-    with _locked(work):
+    with locked(work):
         features = extract_features(old, files, modality="image", workers=workers, cache=work / "features",
                                     progress=progress)  # fmt: skip
         training = np.flatnonzero(splits.training & ~splits.validation & features.usable)
@@ -152,7 +148,7 @@ def fine_tune_compatible(
             )
         old_rows = unit_rows(torch.from_numpy(np.array(features["output"], np.float32)))
         labels = _numbered([str(images[row].label) for row in training], numbers)
-        _check_same_run(work, settings)
+        check_same_run(work, settings)
 
         prototypes = class_prototypes(torch.from_numpy(old_rows[training]), torch.from_numpy(labels), len(names))
         loop = FineTuning(encoder, [files[row] for row in training], labels, prototypes, recipe)
@@ -195,19 +191,6 @@ def _check_backbone(name: str) -> None:
             f"timm has no model {architecture!r}{closest(architecture, timm.list_models())}; "
             "`mmalign encoders timm` lists them"
         )
-
-
-def _check_target(target: Path, old: Encoder) -> None:
-    if not target.exists():
-        return
-    if not (target / "encoder.json").is_file():
-        raise InputError(f"{str(target)!r} exists and is not an encoder folder; choose another OUT")
-    try:
-        there = json.loads((target / "encoder.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        there = None
-    if there == old.fingerprint:
-        raise InputError(f"{str(target)!r} is the old encoder itself, which would be replaced; choose another OUT")
 
 
 def _fresh_encoder(name: str, pretrained: bool, recipe: Recipe, old: Encoder) -> CompatibleEncoder:
@@ -253,50 +236,3 @@ def _first_of_each(content: Sequence[str], rows: Int[np.ndarray, " n"]) -> Int[n
     """A copy would find its original, whatever the encoder."""
     first: dict[str, int] = {}
     return np.unique([first.setdefault(content[row], row) for row in rows.tolist()]).astype(np.int64)
-
-
-def _digest(content: Sequence[str], images: Sequence[CaptionedImage], splits: ImageSplits) -> str:
-    """Of all that the run takes from the data, in order."""
-    digest = hashlib.sha256()
-    sides = splits.training & ~splits.validation, splits.test
-    for row, image in enumerate(images):
-        line = f"{content[row]} {int(sides[0][row])}{int(sides[1][row])} {image.label}\n"
-        digest.update(line.encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def _check_same_run(work: Path, settings: dict[str, Any]) -> None:
-    """Leave the settings beside the checkpoint, or compare with those there."""
-    path = work / "settings.json"
-    try:
-        there = (
-            json.loads(path.read_text(encoding="utf-8")) if (work / "checkpoint.safetensors").is_file() else settings
-        )
-    except (OSError, ValueError):
-        there = {}
-    differing = [
-        f"{name} {there.get(name)!r}, now {value!r}" for name, value in settings.items() if there.get(name) != value
-    ]
-    if differing:
-        raise InputError(
-            f"{str(work)!r} holds a stopped run of other settings ({'; '.join(differing)}); give those to go on, "
-            "delete the folder, or choose another OUT"
-        )
-    with whole_file(path) as fresh:
-        fresh.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(work / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise LockedError(f"another process is training in {str(work)!r}; choose another OUT, or wait for it") from None
-    except OSError as error:
-        raise InputError(f"{str(work)!r} cannot be written ({reason_of(error)}); choose another OUT") from None
-    try:
-        yield
-    finally:
-        lock.release()
