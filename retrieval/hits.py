@@ -27,6 +27,8 @@ class Hit:
         metadata: the user's columns.
         by_new: found by the vector of a new encoder, while the index's encoder is being replaced. Scores of such hits
             and of the others are no common scale then; matches are, and hits are in their right order.
+        rerank_score: of the re-ranker, by which hits are in order then; `None` where none was asked, or where the
+            image could not be read again.
     """
 
     rank: int
@@ -36,6 +38,7 @@ class Hit:
     aliases: tuple[Path, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     by_new: bool = False
+    rerank_score: float | None = None
 
     @property
     def path(self) -> Path:
@@ -60,6 +63,7 @@ class Hit:
             "aliases": [os.fspath(path) for path in self.aliases],
             "metadata": _json_safe(self.metadata),
             "by_new": self.by_new,
+            "rerank_score": None if self.rerank_score is None else round(self.rerank_score, 6),
         }
 
 

@@ -48,6 +48,10 @@ SOURCES: dict[str, Source] = {
         "mmalign.encoders.transformers:models",
     ),
     "timm": Source("mmalign.encoders.timm:TimmEncoder.from_spec", "MODEL: images only", "mmalign.encoders.timm:models"),
+    "objects": Source(
+        "mmalign.object_aware.encoder:ObjectAwareEncoder.from_spec",
+        "DETECTOR|ENCODER: attention follows what a detector, or a file of boxes, sees in each image",
+    ),
 }
 _BUILT_IN = frozenset({*SOURCES, "bundled"})
 # `Encoder.source` as it stands in encoder.json -> module whose import defines the class.
@@ -60,6 +64,7 @@ _MODULES = {
     "class_bridge": "mmalign.conse",
     "tower": "mmalign.alignment.encoder",
     "aligned": "mmalign.alignment.encoder",
+    "object_aware": "mmalign.object_aware.encoder",
 }
 
 
@@ -74,8 +79,9 @@ def load_encoder(
     Args:
         spec: `open_clip:MODEL/TAG`, `timm:MODEL` (images only), `transformers:ORG/REPO` (CLIP, SigLIP, SigLIP 2, or a
             sentence encoder, texts only), `bundled` (offline, see `mmalign.encoders.bundled`; `bundled:image` and
-            `bundled:text` are its two towers, not joined), a prefix made known with `register_source`, or the path of a
-            folder written by `Encoder.save`.
+            `bundled:text` are its two towers, not joined), `objects:DETECTOR|ENCODER` (see
+            `mmalign.object_aware.encoder`), a prefix made known with `register_source`, or the path of a folder written
+            by `Encoder.save`.
         device: see `Encoder.to`; the fastest present by default.
         dtype: weights of the image tower: bfloat16, float16, auto (the faster on this machine), or float32, whose
             vectors are the same on every machine.

@@ -1,0 +1,256 @@
+"""The second stage of a search: its order, what happens to files that are gone, and both re-rankers on photographs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_encoder import DIM, TinyEncoder
+
+from mmalign.errors import InputError
+from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
+from mmalign.object_aware.blip2 import Blip2Matcher
+from mmalign.object_aware.boxes import read_boxes
+from mmalign.object_aware.perturbing import PerturbationSettings
+from mmalign.object_aware.reranking import CosineReranker, MatchReranker, Reranker, load_reranker
+from retrieval import Hit, ImageIndex, Term
+
+if TYPE_CHECKING:
+    from mmalign import Encoder
+
+SHOWN = 10
+
+
+class ByName(Reranker):
+    """The later a name in the alphabet, the better; keeps what it was asked."""
+
+    def __init__(self, unreadable: tuple[str, ...] = ()) -> None:
+        self.asked: list[tuple[str, list[str]]] = []
+        self.unreadable = unreadable
+
+    def score(
+        self, text: str, images: Any, *, decode: DecodeSettings = DEFAULT_DECODING, progress: bool = False
+    ) -> np.ndarray:
+        names = [Path(image).name for image in images]
+        self.asked.append((text, names))
+        return np.array([np.nan if name in self.unreadable else float(name[:2]) for name in names], np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"rerank": "name"}
+
+
+def names(hits: list[Hit]) -> list[str]:
+    return [hit.path.name for hit in hits]
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_those_of_the_first_stage_in_another_order(index: ImageIndex) -> None:
+    plain = index.search("red", k=12)
+    assert all(hit.rerank_score is None for hit in plain)
+    reranker = ByName()
+    found = index.search("red", k=4, rerank=reranker, rerank_depth=6)
+    assert reranker.asked == [("red", names(plain[:6]))]
+    assert names(found) == sorted(names(plain[:6]), reverse=True)[:4]
+    assert [hit.rank for hit in found] == [1, 2, 3, 4]
+    by_name = {hit.path.name: hit for hit in plain}
+    for hit in found:
+        assert hit.rerank_score == float(hit.path.name[:2])
+        assert (hit.score, hit.match) == (by_name[hit.path.name].score, by_name[hit.path.name].match)
+        assert json.loads(json.dumps(hit.to_dict()))["rerank_score"] == hit.rerank_score
+    assert json.loads(json.dumps(plain[0].to_dict()))["rerank_score"] is None
+
+
+def test_no_fewer_than_k_are_read_again_and_64_by_default(index: ImageIndex) -> None:
+    reranker = ByName()
+    assert names(index.search("red", k=12, rerank=reranker, rerank_depth=2)) == [
+        f"{n:02}.png" for n in range(11, -1, -1)
+    ]
+    index.search("red", k=1, rerank=reranker)
+    assert [len(asked) for _, asked in reranker.asked] == [12, 12]
+
+
+def test_filters_hold_before(index: ImageIndex) -> None:
+    plain = index.search("red", k=12)
+    reranker = ByName()
+    found = index.search("red", k=12, where="path LIKE 'sub/%'", rerank=reranker)
+    assert names(found) == ["11.png", "10.png", "09.png", "08.png"]
+    middle = plain[5].score
+    found = index.search("red", k=12, min_score=middle, rerank=reranker)
+    assert names(found) == sorted(names(plain[:6]), reverse=True)
+    assert plain[3].match is not None
+    found = index.search("red", k=12, min_match=plain[3].match, rerank=reranker)
+    assert names(found) == sorted((hit.path.name for hit in plain if hit.match >= plain[3].match), reverse=True)
+    assert index.search("red", min_score=1.0, rerank=reranker) == []
+    assert len(reranker.asked) == 3, "nothing found is nothing to read"
+
+
+def test_ties_keep_the_order_of_the_first_stage(index: ImageIndex) -> None:
+    class Same(ByName):
+        def score(self, text: str, images: Any, **options: Any) -> np.ndarray:
+            return np.zeros(len(images), np.float32)
+
+    assert names(index.search("red", k=12, rerank=Same())) == names(index.search("red", k=12))
+
+
+def test_files_that_are_gone_or_cannot_be_read_come_last(index: ImageIndex, folder: Path) -> None:
+    plain = names(index.search("red", k=12))
+    gone, broken = plain[0], plain[3]
+    next(folder.rglob(gone)).unlink()
+    reranker = ByName(unreadable=(broken,))
+    found = index.search("red", k=12, rerank=reranker)
+    assert gone not in reranker.asked[0][1]
+    assert names(found)[-2:] == [gone, broken]
+    assert [hit.rerank_score for hit in found[-2:]] == [None, None]
+    assert names(found)[:-2] == sorted(set(plain) - {gone, broken}, reverse=True)
+    assert [hit.rank for hit in found] == list(range(1, 13))
+
+
+def test_a_copy_stands_in_for_a_file_that_is_gone(folder: Path, encoder: TinyEncoder) -> None:
+    shutil.copy(folder / "03.png", folder / "99.png")
+    index, _ = ImageIndex.build(folder, encoder=encoder)
+    hit = next(hit for hit in index.search("red", k=12) if hit.aliases)
+    hit.path.unlink()
+    found = index.search("red", k=12, rerank=ByName())
+    assert found[0].path == hit.path
+    assert found[0].aliases == hit.aliases
+    assert found[0].rerank_score == float(hit.aliases[0].name[:2])
+
+
+def test_vectors_without_files_stay_as_they_are(tmp_path: Path, encoder: TinyEncoder) -> None:
+    vectors = np.random.default_rng(0).standard_normal((9, DIM)).astype(np.float32)
+    index = ImageIndex.from_vectors(vectors, tmp_path / "i", paths=[f"{n:02}.png" for n in range(9)], encoder=encoder)
+    reranker = ByName()
+    assert names(index.search("red", rerank=reranker)) == names(index.search("red"))
+    assert reranker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        (np.eye(DIM, dtype=np.float32)[0], "the query is a vector"),
+        (Path("00.png"), "the query is an image"),
+        (["red", Path("00.png")], "has 2 terms; say all of it in one string"),
+        (["red", "blue"], "has 2 terms"),
+        (Term("red", -1.0), "leads away"),
+    ],
+)
+def test_only_one_text_is_re_ranked(index: ImageIndex, query: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        index.search(query, rerank=ByName())
+
+
+def test_depth_below_one(index: ImageIndex) -> None:
+    with pytest.raises(InputError, match="rerank_depth is 0"):
+        index.search("red", rerank=ByName(), rerank_depth=0)
+
+
+# -- on photographs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few(photos: Path, captions: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten photographs with their boxes."""
+    folder = tmp_path_factory.mktemp("few")
+    for row in captions[:SHOWN]:
+        shutil.copy(photos / row["file"], folder)
+    (folder / "boxes.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in captions[:SHOWN]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few_index(few: Path, tiny_open_clip: Encoder) -> ImageIndex:
+    return ImageIndex.build(few, encoder=tiny_open_clip)[0]
+
+
+@pytest.fixture(scope="module")
+def matcher(blip2_folder: Path) -> Blip2Matcher:
+    return Blip2Matcher.from_spec(str(blip2_folder), device="cpu")
+
+
+def by_hand(matcher: Blip2Matcher, text: str, file: Path) -> float:
+    """One image alone."""
+    with torch.inference_mode():
+        pixels = matcher.load_image(file)[1][None]
+        cosines = matcher.image_queries(pixels)[0] @ matcher.text_vectors([text])[0]
+        return float(matcher.match_logits(pixels, [text])[0, 0] + cosines.max())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_blip2_adds_match_and_contrast(
+    few_index: ImageIndex, matcher: Blip2Matcher, captions: list[dict[str, Any]], batch_size: int
+) -> None:
+    text = captions[0]["captions"][0]
+    plain = few_index.search(text, k=SHOWN)
+    found = few_index.search(text, k=SHOWN, rerank=MatchReranker(matcher, batch_size=batch_size))
+    expected = {hit.path: by_hand(matcher, text, hit.path) for hit in plain}
+    assert [hit.path for hit in found] == sorted(expected, key=lambda path: -expected[path])
+    for hit in found:
+        assert hit.rerank_score == pytest.approx(expected[hit.path], abs=1e-5)
+    assert names(found) != names(plain)
+
+
+def test_cosines_of_another_encoder(few_index: ImageIndex, tiny_clip: Encoder, captions: list[dict[str, Any]]) -> None:
+    text = captions[1]["captions"][0]
+    found = few_index.search(text, k=SHOWN, rerank=CosineReranker(tiny_clip, batch_size=3), progress=True)
+    cosines = tiny_clip.encode_images([hit.path for hit in found]) @ tiny_clip.encode_texts([text])[0]
+    np.testing.assert_allclose([hit.rerank_score for hit in found], cosines, atol=1e-5)
+    assert (np.diff(cosines) <= 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", ["match", "cosine"])
+def test_unreadable_photographs_have_no_score(
+    few: Path, tmp_path: Path, matcher: Blip2Matcher, tiny_clip: Encoder, kind: str
+) -> None:
+    files = sorted(few.glob("*.jpg"))[:5]
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(files[0].read_bytes()[:2000])
+    reranker = MatchReranker(matcher, batch_size=2) if kind == "match" else CosineReranker(tiny_clip, batch_size=2)
+    whole = reranker.score("a dog", files)
+    assert np.isfinite(whole).all()
+    mixed = reranker.score("a dog", [cut, *files[:3], tmp_path / "none.jpg", *files[3:], cut])
+    assert np.isnan(mixed[[0, 4, 7]]).all()
+    np.testing.assert_allclose(np.delete(mixed, [0, 4, 7]), whole, atol=1e-5)
+    assert np.isnan(reranker.score("a dog", [cut])).all()
+    assert len(reranker.score("a dog", [])) == 0
+
+
+@pytest.mark.parametrize("kind", ["match", "cosine"])
+def test_objects_change_scores_of_images_that_have_some(
+    few: Path, captions: list[dict[str, Any]], tmp_path: Path, matcher: Blip2Matcher, tiny_clip: Encoder, kind: str
+) -> None:
+    rows = [json.dumps(row) for row in captions[:SHOWN] if row["objects"]][:3]
+    (tmp_path / "three.jsonl").write_text("\n".join(rows))
+    with_boxes = {json.loads(row)["file"] for row in rows}
+    boxes = read_boxes(tmp_path / "three.jsonl", few)
+    files = sorted(few.glob("*.jpg"))
+    make: Callable[..., Reranker] = MatchReranker if kind == "match" else CosineReranker
+    model: Any = matcher if kind == "match" else tiny_clip
+    plain, turned = make(model).score("a dog", files), make(model, boxes).score("a dog", files)
+    off = make(model, boxes, PerturbationSettings(alpha=0.0)).score("a dog", files)
+    np.testing.assert_array_equal(off, plain)
+    changed = {file.name for file, one, other in zip(files, plain, turned, strict=True) if one != other}
+    assert changed == with_boxes
+    assert np.abs(turned - plain).max() > 1e-4
+
+
+def test_rerankers_by_name(blip2_folder: Path, clip_folder: Path, few: Path) -> None:
+    for spec in (f"blip2:{blip2_folder}", str(blip2_folder), f"transformers:{blip2_folder}"):
+        assert isinstance(load_reranker(spec, device="cpu"), MatchReranker)
+    cosine = load_reranker(f"transformers:{clip_folder}", objects=f"{few}/boxes.jsonl,alpha=3", device="cpu")
+    assert isinstance(cosine, CosineReranker)
+    assert cosine.describe()["encoder"] == f"objects:{few}/boxes.jsonl,alpha=3.0|transformers:{clip_folder}"
+    match = load_reranker(str(blip2_folder), objects=f"{few}/boxes.jsonl,max_objects=2", device="cpu")
+    assert match.describe()["settings"]["max_objects"] == 2
+    with pytest.raises(InputError, match="neither a folder nor"):
+        load_reranker("no-such-thing", device="cpu")
+    matcher = Blip2Matcher.from_spec(str(blip2_folder), device="cpu")
+    with pytest.raises(InputError, match="settings are for the objects of a detector"):
+        MatchReranker(matcher, None, PerturbationSettings())
