@@ -366,9 +366,12 @@ class TransformersDetector(ModelDetector):
 
         from torchvision.ops import nms
 
-        asked = list(phrases) or [_NO_PHRASE]
+        asked, texts = list(phrases) or [_NO_PHRASE], {"truncation": True}
+        longest = getattr(self.model.config, "max_text_len", None)  # Grounding DINO fails beyond
+        if longest is not None:
+            texts["max_length"] = min(longest, self.processor.tokenizer.model_max_length)
         inputs = self.processor(
-            images=[pixels], text=[asked], input_data_format="channels_first", truncation=True, return_tensors="pt"
+            images=[pixels], text=[asked], input_data_format="channels_first", return_tensors="pt", **texts
         ).to(self.device)
         output = self.model(**inputs)
         if not phrases:
