@@ -33,6 +33,7 @@ __all__ = [
     "fit_kernel_offset",
     "kernel_alignment_loss",
     "kernel_matrix",
+    "median_distance",
     "nearest_pairs_error",
     "teacher_kernel",
 ]
@@ -204,6 +205,20 @@ def fit_kernel_offset(
     step = grid[1] - grid[0]
     bounds = max(best - step, grid[0]), min(best + step, grid[-1])
     return math.exp(minimize_scalar(error, bounds=bounds, method="bounded").x) * scale
+
+
+def median_distance(rows: Float[Tensor, "n dim"]) -> float:
+    """Of all pairs of different rows: a sigma at which the median pair has a Gaussian kernel of exp(-1/2). Ours.
+
+    Raises:
+        InputError: fewer than two rows, or half of the pairs are the same rows.
+    """
+    if len(rows) < 2:
+        raise InputError(f"{len(rows)} rows have no distance; give two or more")
+    found = float(torch.nn.functional.pdist(rows.double()).median())
+    if found <= 0:
+        raise InputError("half of the pairs of rows are the same; give rows of different images")
+    return found
 
 
 def nearest_pairs_error(

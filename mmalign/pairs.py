@@ -15,7 +15,7 @@ from PIL import Image
 
 from .errors import InputError, reason_of
 
-__all__ = ["CaptionedImage", "class_folders", "read_captioned", "read_labelled"]
+__all__ = ["CaptionedImage", "class_folders", "read_captioned", "read_images", "read_labelled"]
 
 _FILE = ("file", "file_name", "image", "path")
 _CAPTION, _LABEL = ("captions", "caption"), ("label",)
@@ -66,6 +66,24 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
     return images, path.parent
 
 
+def read_images(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], Path]:
+    """Images with or without captions, and the folder that their files are relative to.
+
+    Args:
+        source: as for `read_captioned`; or a folder without such a file, of which all images are taken, at any depth.
+
+    Raises:
+        InputError: missing, a line that is not of that form (numbered), or no image.
+    """
+    path = Path(source)
+    if not path.is_dir() or any((path / name).is_file() for name in _NAMES):
+        return read_captioned(path)
+    found = [CaptionedImage(str(file.relative_to(path))) for file in _image_files(path)]
+    if not found:
+        raise InputError(f"folder {str(path)!r} holds no images; check the path")
+    return found, path
+
+
 def read_labelled(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], Path]:
     """Images with `label`, and the folder that their files are relative to.
 
@@ -93,13 +111,17 @@ def class_folders(root: Path) -> list[CaptionedImage]:
     """
     if not root.is_dir():
         raise InputError(f"{str(root)!r} is not a folder; give one with a subfolder of images for each class")
-    known = Image.registered_extensions()
     return [
         CaptionedImage(str(path.relative_to(root)), label=place.name)
         for place in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in known and path.is_file()
+        for path in _image_files(place)
     ]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """At any depth, in order, by their suffix."""
+    known = Image.registered_extensions()
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known and path.is_file()]
 
 
 def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:

@@ -54,8 +54,10 @@ class TimmEncoder(Encoder):
         self.classes = classes
 
     @classmethod
-    def from_spec(cls, name: str, *, classifier: bool = False) -> Self:
+    def from_spec(cls, name: str, *, classifier: bool = False, image_size: int | None = None) -> Self:
         """Load `MODEL[.TAG]` with its pretrained weights.
+
+        With `image_size` it sees squares of that side, and position embeddings of a transformer are resampled for it.
 
         Raises:
             InputError: timm has no such model, or no such pretrained weights of it.
@@ -78,12 +80,17 @@ class TimmEncoder(Encoder):
                 + (f" {tag!r}; its tags are: {', '.join(filter(None, known)) or 'none'}" if tag else "")
                 + "; `mmalign encoders timm` lists the models that have"
             )
-        options = {} if classifier else {"num_classes": 0}
+        options: dict[str, Any] = {} if classifier else {"num_classes": 0}
+        if image_size is not None and getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
+            options["img_size"] = image_size
         try:
             model = timm.create_model(name, pretrained=True, **options)
         except Exception as error:
             raise unavailable(f"timm:{name}", error) from None
-        return cls(model, architecture, f"timm:{name}", options=options)
+        preprocessing = preprocessing_of(model)
+        if image_size is not None:
+            preprocessing = preprocessing.resized(image_size)
+        return cls(model, architecture, f"timm:{name}", options=options, preprocessing=preprocessing)
 
     @property
     def image_module(self) -> nn.Module:

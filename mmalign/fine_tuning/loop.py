@@ -69,7 +69,7 @@ class ImageLoop(ABC):
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._line: list[dict[str, float]] = []
-        self._order: tuple[int, Int[np.ndarray, " n"]] = (-1, np.zeros(0, np.int64))
+        self._orders: dict[int, Int[np.ndarray, " n"]] = {}
 
     # -- what a method provides ------------------------------------------------------------------------------------
 
@@ -196,10 +196,11 @@ class ImageLoop(ABC):
 
     def _image_of(self, sample: int) -> int:
         epoch, place = divmod(sample, len(self.files))
-        if self._order[0] != epoch:
+        if epoch not in self._orders:
             order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.files))
-            self._order = (epoch, order)
-        return int(self._order[1][place])
+            # What is loaded ahead may be an epoch further than what is trained on.
+            self._orders = {**{known: self._orders[known] for known in [*self._orders][-2:]}, epoch: order}
+        return int(self._orders[epoch][place])
 
     def _batches(
         self, found: Iterator[tuple[tuple[int, int], Tensor | UnreadableImageError]]

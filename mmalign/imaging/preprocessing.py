@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -134,6 +134,19 @@ class ImagePreprocessing:
         if not {"size", "resize", "mean", "std"} <= set(settings) <= known:
             raise InputError(f"preprocessing settings must be of {sorted(known)}, not {sorted(settings)}")
         return cls(**settings)
+
+    def resized(self, side: int) -> ImagePreprocessing:
+        """The same for squares of another side: what is resized to before a crop changes in proportion.
+
+        Raises:
+            InputError: the side is below 1.
+        """
+        target = self.resize_to
+        if isinstance(target, tuple):
+            target = (int(target[0] * side / self.size[0]), int(target[1] * side / self.size[1]))
+        elif target is not None:
+            target = int(target * side / min(self.size))
+        return replace(self, size=(side, side), resize_to=target)
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Size after the resize, before the crop, rounded as torchvision, open_clip and timm do."""

@@ -20,6 +20,7 @@ from mmalign.kernel_alignment import (
     fit_kernel_offset,
     kernel_alignment_loss,
     kernel_matrix,
+    median_distance,
     nearest_pairs_error,
     teacher_kernel,
 )
@@ -118,6 +119,14 @@ def test_the_offset_that_made_a_kernel_is_found_again() -> None:
 
     best = fit_kernel_offset(x, t, teacher_kernel=teacher_kernel(8))
     assert error(best) <= min(map(error, grid)) + 1e-9
+
+
+def test_the_median_pair_has_the_kernel_that_it_should() -> None:
+    x = rows(6, 4)
+    found = kernel_matrix(x, GaussianKernel(median_distance(x)))
+    assert float(found[torch.triu_indices(6, 6, 1).unbind()].median()) == pytest.approx(math.exp(-0.5))
+    with pytest.raises(InputError, match="half of the pairs"):
+        median_distance(torch.ones(4, 2))
 
 
 def test_nearest_pairs() -> None:
