@@ -17,6 +17,7 @@ from .diversity import (
     tonal_statistics,
     tonal_variation,
 )
+from .misalignment import sentence_auroc, sentence_average_precision, word_accuracy
 from .opis import OPISResult, opis
 from .prompt_diversity import HIGHER_IS_MORE_DIVERSE, diversity_values
 from .retrieval import (
@@ -65,11 +66,14 @@ __all__ = [
     "positives_from_relevance",
     "reachable_count",
     "recall_sum",
+    "sentence_auroc",
+    "sentence_average_precision",
     "spatial_diversity",
     "tonal_statistics",
     "tonal_variation",
     "truncated_cosine",
     "update_gain",
+    "word_accuracy",
     "zero_shot_accuracy",
     "zero_shot_classifier",
     "zero_shot_predict",
