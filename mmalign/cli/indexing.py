@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .options import PARTIAL, Device, IndexArgument, Out, Quiet, say
+from .options import PARTIAL, Device, IndexArgument, Objects, Out, Quiet, say
 
 if TYPE_CHECKING:
     from retrieval import ImageIndex, UpdateReport
@@ -46,6 +46,7 @@ def index_build(
             "offline). (default: open_clip:ViT-B-32-256/datacomp_s34b_b86k, or that of the index)",
         ),
     ] = None,
+    objects: Objects = None,
     device: Device = None,
     dtype: Annotated[
         str, typer.Option(help="auto (measures whether bfloat16 is faster here), float32, bfloat16, float16.")
@@ -102,7 +103,10 @@ def index_build(
     from retrieval.scan import parse_shard
     from retrieval.storage import DEFAULT_FOLDER, Store
 
-    is_new = not Store(folder / DEFAULT_FOLDER if out is None else out).exists()
+    store = Store(folder / DEFAULT_FOLDER if out is None else out)
+    is_new = not store.exists()
+    if objects is not None:
+        encoder = _with_objects(objects, encoder, None if is_new else store.read_manifest()["encoder"]["spec"])
     options: dict[str, Any] = {
         "fast_decode": fast_decode,
         "tolerate_truncation": tolerate_truncation,
@@ -133,6 +137,16 @@ def index_build(
         _print_report(index, report, is_new)
     if report.newly_skipped or report.withheld_removals:
         raise typer.Exit(PARTIAL)
+
+
+def _with_objects(objects: str, encoder: str | None, recorded: str | None) -> str:
+    """The spec of an encoder that follows objects: of the one that is given, the index's own, or the default."""
+    from mmalign.encoders import DEFAULT_SPEC
+    from mmalign.object_aware.specs import ObjectsSpec
+
+    if encoder is None and recorded is not None:
+        encoder = recorded.partition("|")[2] if recorded.startswith("objects:") else recorded
+    return f"objects:{ObjectsSpec.parse(objects)}|{encoder or DEFAULT_SPEC}"
 
 
 def _print_report(index: ImageIndex, report: UpdateReport, is_new: bool) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "MinMatch",
     "MinScore",
     "NegativePrompt",
+    "Objects",
     "Out",
     "Quiet",
     "Steps",
@@ -69,6 +70,14 @@ Encoder = Annotated[
         "--encoder",
         "-e",
         help="The index's own encoder, where its folder has moved since. (default: the recorded one)",
+    ),
+]
+Objects = Annotated[
+    str | None,
+    typer.Option(
+        help="Turn attention to objects: torchvision:NAME, transformers:ORG/REPO (a detector), or a file of boxes "
+        "(.json, .jsonl). Settings may follow, as in boxes.json,alpha=4,max_objects=3. Experimental.",
+        show_default=False,
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new folder.", show_default=False)]

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from .options import (
     IndexOrHere,
     MinMatch,
     MinScore,
+    Objects,
     Quiet,
     Where,
     index_here,
@@ -62,20 +63,49 @@ def search(
     null: AsNull = False,
     as_json: AsJson = False,
     grid: Grid = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at the best results again and order them anew, for one text: blip2:Salesforce/blip2-itm-vit-g, "
+            "the folder of a BLIP-2, or another encoder.",
+            show_default=False,
+        ),
+    ] = None,
+    rerank_depth: Annotated[
+        int | None, typer.Option(min=1, help="So many results are looked at, never fewer than --count. (default: 64)")
+    ] = None,
+    objects: Objects = None,
     encoder: Encoder = None,
     device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Find images by words, by an image, or by several of both.
 
     [bold]mmalign search photos/ "red bicycle in snow"[/bold]
     [bold]mmalign search photos/ beach.jpg "at night" --minus people[/bold]
     [bold]mmalign search photos/ "2:a dog" "1:on the beach" --where "width > 1000" --grid hits.png[/bold]
+    [bold]mmalign search photos/ "a cup on a piano" --rerank blip2:Salesforce/blip2-itm-vit-g[/bold]
     """
     one_output(paths, null, as_json)
+    for name, value in (("--objects", objects), ("--rerank-depth", rerank_depth)):
+        if rerank is None and value is not None:
+            raise InputError(f"{name} is for re-ranking; give --rerank too, or leave it out")
     index, words = _index_and_terms(terms, encoder, device)
     query = [_term(word, 1.0, index) for word in words] + [_term(word, -1.0, index) for word in minus or []]
     say_if_unfinished(index)
-    hits = index.search(query, count, where=where, min_match=min_match, min_score=min_score, exact=exact)
+    options: dict[str, Any] = {}
+    if rerank is not None:
+        from mmalign.object_aware.reranking import load_reranker
+        from retrieval.reranked import words_of
+
+        words_of(query)  # before anything is loaded
+        options["rerank"] = load_reranker(rerank, objects=objects, device=device)
+        options["progress"] = not quiet
+        if rerank_depth is not None:
+            options["rerank_depth"] = rerank_depth
+    hits = index.search(query, count, where=where, min_match=min_match, min_score=min_score, exact=exact, **options)
+    if rerank is not None and (unread := sum(hit.rerank_score is None for hit in hits)):
+        say(f"note: {unread:,} of these {len(hits):,} could not be read again and come last")
     title = " + ".join(words) + "".join(f" - {word}" for word in minus or [])
     _print_hits(title, hits, paths, null, as_json, grid)
 
@@ -213,9 +243,12 @@ def _print_hits(title: str, hits: list[Hit], paths: bool, null: bool, as_json: b
         if len(there) < len(hits):
             say(f"{len(hits) - len(there):,} left out: the files are gone; `mmalign index` brings the index up to date")
     elif hits:
-        print("rank  match  cosine  image")
+        again = any(hit.rerank_score is not None for hit in hits)
+        print(f"rank  {'rerank  ' if again else ''}match  cosine  image")
         for hit in hits:
             match = "  -  " if hit.match is None else f"{hit.match:5.2f}"
+            if again:
+                match = f"{'  -   ' if hit.rerank_score is None else f'{hit.rerank_score:6.3f}'}  {match}"
             copies = f"  (+{len(hit.aliases)} copies)" if hit.aliases else ""
             missing = "  (missing)" if hit.item.exists is False else ""
             print(f"{hit.rank:>4}  {match}  {hit.score:6.3f}  {hit.item.name}{copies}{missing}")

@@ -40,6 +40,9 @@ class ObjectAwareEncoder(Encoder):
     nothing is found, to the bit. The paper is about BLIP-2; for the encoders that this wraps it is an extension, and
     experimental.
 
+    Boxes of a file are input, as pixels are: they are not in the fingerprint, and an index or a cache of features does
+    not notice where a file of boxes says something else of an image it knows.
+
     Attributes:
         encoder: what is perturbed.
         detector: finds the objects.
@@ -69,6 +72,8 @@ class ObjectAwareEncoder(Encoder):
                 that have).
         """
         encoder.require("image")
+        if isinstance(encoder, ObjectAwareEncoder):
+            raise InputError(f"encoder {encoder.spec!r} follows objects already; give the one inside it")
         settings = PerturbationSettings() if settings is None else settings
         self.objects = objects or ObjectsSpec.of(detector, settings)
         self.loader = ObjectLoader(encoder, detector, settings.max_objects)
@@ -210,7 +215,8 @@ class ObjectAwareEncoder(Encoder):
 
     def describe(self) -> dict[str, Any]:
         """Detector and settings; the encoder is in the fingerprint by its own."""
-        return {"detector": self.detector.digest, "settings": asdict(self.settings)}
+        numbers = {name: float(getattr(self.settings, name)) for name in ("alpha", "energy")}  # 8 is 8.0
+        return {"detector": self.detector.digest, "settings": asdict(self.settings) | numbers}
 
     def write(self, folder: Path) -> dict[str, Any]:
         """The encoder in a folder of its own; the detector by its spec, as its weights are not copied."""

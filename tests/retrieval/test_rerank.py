@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_encoder import DIM, TinyEncoder
 
+from mmalign import load_encoder
 from mmalign.errors import InputError
 from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 from mmalign.object_aware.blip2 import Blip2Matcher
@@ -166,8 +167,8 @@ def few(photos: Path, captions: list[dict[str, Any]], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="module")
-def few_index(few: Path, tiny_open_clip: Encoder) -> ImageIndex:
-    return ImageIndex.build(few, encoder=tiny_open_clip)[0]
+def few_index(few: Path, tiny_open_clip: Encoder, tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
+    return ImageIndex.build(few, tmp_path_factory.mktemp("few") / "index", encoder=tiny_open_clip)[0]
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +255,105 @@ def test_rerankers_by_name(blip2_folder: Path, clip_folder: Path, few: Path) -> 
     matcher = Blip2Matcher.from_spec(str(blip2_folder), device="cpu")
     with pytest.raises(InputError, match="settings are for the objects of a detector"):
         MatchReranker(matcher, None, PerturbationSettings())
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_index(few: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip-index") / "photos"
+    shutil.copytree(few, folder)
+    ImageIndex.build(folder, encoder=f"transformers:{clip_folder}", device="cpu", dtype="float32")
+    return folder
+
+
+def test_command_shows_both_scores(
+    command_line: Callable[..., Any], clip_index: Path, blip2_folder: Path, matcher: Blip2Matcher
+) -> None:
+    options = ("--device", "cpu", "--rerank", f"blip2:{blip2_folder}", "-k", "3", "--rerank-depth", "5")
+    plain = ImageIndex.open(clip_index, device="cpu").search("a dog", k=5)
+    expected = {hit.path.name: by_hand(matcher, "a dog", hit.path) for hit in plain}
+    best = sorted(expected, key=lambda name: -expected[name])[:3]
+
+    table = command_line("search", clip_index, "a dog", *options, "--quiet")
+    assert (table.code, table.err) == (0, "")
+    head, *lines = table.out.splitlines()
+    assert head.split() == ["rank", "rerank", "match", "cosine", "image"]
+    assert [line.split()[-1] for line in lines] == best
+    assert [float(line.split()[1]) for line in lines] == pytest.approx([expected[name] for name in best], abs=2e-3)
+    objects = command_line("search", clip_index, "a dog", *options, "--json")
+    assert "re-ranking" in objects.err
+    found = [json.loads(line) for line in objects.out.splitlines()]
+    assert [Path(hit["path"]).name for hit in found] == best
+    assert [hit["rerank_score"] for hit in found] == pytest.approx([expected[name] for name in best], abs=1e-4)
+
+    turned = command_line(
+        "search", clip_index, "a dog", *options, "--json", "-q", "--objects", clip_index / "boxes.jsonl"
+    )
+    scores = {Path(hit["path"]).name: hit["rerank_score"] for hit in map(json.loads, turned.out.splitlines())}
+    assert turned.code == 0
+    assert any(abs(scores[name] - expected[name]) > 1e-4 for name in scores)
+
+
+def test_command_says_which_could_not_be_read(
+    command_line: Callable[..., Any], clip_index: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(clip_index, tmp_path / "photos")
+    first = command_line("search", folder, "a dog", "-k", "1", "--paths", "--device", "cpu").out.strip()
+    Path(first).unlink()
+    found = command_line(
+        "search", folder, "a dog", "-k", "10", "-q", "--device", "cpu", "--rerank", f"transformers:{clip_folder}"
+    )
+    assert "note: 1 of these 10 could not be read again and come last" in found.err
+    assert found.out.splitlines()[-1].split()[:2] == ["10", "-"]
+    assert found.out.splitlines()[-1].endswith(f"{Path(first).name}  (missing)")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("a dog", "--objects", "boxes.json"), "--objects is for re-ranking; give --rerank too"),
+        (("a dog", "--rerank-depth", "5"), "--rerank-depth is for re-ranking"),
+        (("a dog", "a cat", "--rerank", "no-such-thing"), "re-ranking reads one text, and the query has 2 terms"),
+        (("a dog", "--minus", "a cat", "--rerank", "no-such-thing"), "has 2 terms"),
+        (("a dog", "--rerank", "no-such-thing"), "neither a folder nor"),
+        (("a dog", "--rerank", "blip2:org/none"), "cannot be found on this machine"),
+    ],
+)
+def test_command_refuses(
+    command_line: Callable[..., Any], clip_index: Path, options: tuple[str, ...], problem: str
+) -> None:
+    result = command_line("search", clip_index, *options)
+    assert result.code == 1
+    assert problem in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_index_command_with_objects(
+    command_line: Callable[..., Any], few: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "photos")
+    shutil.move(folder / "boxes.jsonl", tmp_path / "boxes.jsonl")
+    usual = ("--device", "cpu", "--dtype", "float32", "-q")
+    inner = f"transformers:{clip_folder}"
+    lost = command_line("index", folder, "-e", inner, "--objects", tmp_path / "boxes.jsonl", *usual)
+    assert lost.code == 1
+    assert "give the folder of the images" in lost.err
+    objects = f"{tmp_path}/boxes.jsonl,alpha=4,images={folder}"
+    made = command_line("index", folder, "-e", inner, "--objects", objects, *usual)
+    assert made.code == 0, made.err
+    index = ImageIndex.open(folder, device="cpu")
+    assert len(index) == SHOWN
+    assert index.manifest["encoder"]["spec"] == f"objects:{tmp_path}/boxes.jsonl,alpha=4.0,images={folder}|{inner}"
+    plain = load_encoder(inner, device="cpu").encode_images([item.path for item in index])
+    rows = index.vectors.gather(np.array([item.row for item in index]))
+    assert np.abs(rows - plain).max() > 1e-2
+
+    again = command_line("index", folder, "--objects", objects, *usual)
+    assert again.code == 0, again.err
+    assert "10 unchanged" in again.err
+    other = command_line("index", folder, "--objects", f"{objects},max_objects=1", *usual)
+    assert other.code == 1
+    assert "was made with" in other.err
+    assert command_line("search", folder, "a dog", "--device", "cpu").code == 0
