@@ -33,6 +33,8 @@ class CaptionedImage:
         split: "train", "validation" or "test", where the line says so.
         group: images of one group stay on one side of a split.
         label: name of its class.
+        wrong_captions: texts that are known not to fit it.
+        wrong_words: of each of those the part that is wrong; "" where that is not said.
     """
 
     file: str
@@ -40,6 +42,8 @@ class CaptionedImage:
     split: str | None = None
     group: str | None = None
     label: str | None = None
+    wrong_captions: list[str] = field(default_factory=list)
+    wrong_words: list[str] = field(default_factory=list)
 
 
 def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], Path]:
@@ -48,8 +52,9 @@ def read_captioned(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage]
     Args:
         source: a JSON-lines, CSV or TSV file, or a folder that holds one named captions or metadata. A line has a
             file (`file`, `file_name`, `image` or `path`) and `captions` (a list; JSON only) or `caption`, and may have
-            `split`, `group` and `label`. Lines of one file are put together. UTF-8; a table has its columns named in
-            the first line, in any case, and commas, semicolons or tabs between them.
+            `split`, `group` and `label`, and `wrong_captions` with `wrong_words` (lists, or one text each). Lines of
+            one file are put together. UTF-8; a table has its columns named in the first line, in any case, and commas,
+            semicolons or tabs between them.
 
     Raises:
         InputError: missing, or a line that is not of that form (numbered), or no caption at all.
@@ -132,8 +137,13 @@ def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:
         if image is None:
             names = " or ".join(f"`{name}`" for name in wanted)
             raise InputError(f"line {number} of {str(path)!r} has no `file` with {names}; mend it")
+        if len(image.wrong_captions) != len(image.wrong_words) or not all(map(str.strip, image.wrong_captions)):
+            raise InputError(
+                f"line {number} of {str(path)!r} has {len(image.wrong_captions)} wrong captions and "
+                f"{len(image.wrong_words)} wrong words; give texts, none blank, and one word each or none at all"
+            )
         try:
-            "".join([*image.captions, image.label or ""]).encode()
+            "".join([*image.captions, *image.wrong_captions, *image.wrong_words, image.label or ""]).encode()
         except UnicodeEncodeError:
             raise InputError(f"line {number} of {str(path)!r} has half a character (a lone \\ud...); mend it") from None
         earlier = images.setdefault(image.file, image)
@@ -146,6 +156,8 @@ def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:
                     "agree"
                 )
         earlier.captions.extend(image.captions)
+        earlier.wrong_captions.extend(image.wrong_captions)
+        earlier.wrong_words.extend(image.wrong_words)
     return list(images.values())
 
 
@@ -223,7 +235,17 @@ def _image(entry: Any, wanted: Sequence[str]) -> CaptionedImage | None:
         if not isinstance(file, str) or not isinstance(captions, list):
             return None
         captions = [caption for caption in captions if caption.strip()]
+        wrong, words = (_texts(entry, name) if wanted == _CAPTION else [] for name in ("wrong_caption", "wrong_word"))
     except (StopIteration, TypeError, AttributeError):
         return None
     about = {name: None if entry.get(name) in (None, "") else str(entry[name]) for name in _ABOUT}
-    return CaptionedImage(file, captions, **about) if wanted == _CAPTION or about["label"] else None
+    if wanted != _CAPTION and not about["label"]:
+        return None
+    return CaptionedImage(file, captions, **about, wrong_captions=wrong, wrong_words=words or [""] * len(wrong))
+
+
+def _texts(entry: Any, name: str) -> list[str]:
+    """One text or several, under a name or its plural; a blank alone is none."""
+    found = entry.get(f"{name}s", entry.get(name))
+    texts = [found] if isinstance(found, str) else found or []
+    return [] if not any(text.strip() for text in texts) else list(texts)
