@@ -348,6 +348,16 @@ def test_specs_that_cannot_be_used(rest: str, problem: str) -> None:
         load_encoder(f"objects:{rest}")
 
 
+def test_a_detector_that_needs_phrases_is_for_re_ranking(
+    clip_folder: Path, tiny_clip: Encoder, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Given([])
+    detector.needs_phrases = True
+    monkeypatch.setattr(ObjectsSpec, "load", lambda *_: detector)
+    with pytest.raises(InputError, match="looks for phrases, which nobody knows when images are indexed"):
+        load_encoder(f"objects:transformers:org/open|transformers:{clip_folder}", device="cpu")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.floats(0, 50),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from mmalign import load_encoder
 from mmalign.errors import InputError
 from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 from mmalign.object_aware.blip2 import Blip2Matcher
-from mmalign.object_aware.boxes import read_boxes
-from mmalign.object_aware.perturbing import PerturbationSettings
+from mmalign.object_aware.boxes import Detections, Detector, read_boxes
+from mmalign.object_aware.perturbing import PerturbationSettings, perturb_queries
 from mmalign.object_aware.reranking import CosineReranker, MatchReranker, Reranker, load_reranker
 from retrieval import Hit, ImageIndex, Term
 
@@ -240,6 +241,57 @@ def test_objects_change_scores_of_images_that_have_some(
     changed = {file.name for file, one, other in zip(files, plain, turned, strict=True) if one != other}
     assert changed == with_boxes
     assert np.abs(turned - plain).max() > 1e-4
+    corners = {
+        row["file"]: [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in row["objects"])]
+        for row in map(json.loads, rows)
+    }
+    for file, score in zip(files, turned, strict=True):
+        image = model.load_image(file)[0]
+        with perturb_queries(model, [corners.get(file.name, [])], [(image.width, image.height)]):
+            if kind == "match":
+                expected = by_hand(model, "a dog", file)
+            else:
+                expected = float(model.encode_images([file])[0] @ model.encode_texts(["a dog"])[0])
+        assert score == pytest.approx(expected, abs=1e-5)
+
+
+class Asked(Detector):
+    """Of open vocabulary: sees the middle of an image where it is asked for dogs."""
+
+    spec, digest = "asked", "asked"
+    open_vocabulary = needs_phrases = True
+
+    def __init__(self) -> None:
+        self.phrases: list[Sequence[str]] = []
+
+    def detect(self, image: Any, *, content: bytes | None = None, phrases: Sequence[str] = ()) -> Detections:
+        self.phrases.append(phrases)
+        height, width = image.shape[1:]
+        boxes = np.array([[0.3 * width, 0.3 * height, 0.7 * width, 0.7 * height]], np.float32)
+        return Detections(boxes, np.ones(1, np.float32), ("dog",)) if "dogs" in phrases else Detections.none()
+
+
+@pytest.mark.parametrize("kind", ["match", "cosine"])
+def test_detectors_of_open_vocabulary_look_for_what_the_query_names(
+    few: Path, matcher: Blip2Matcher, tiny_clip: Encoder, kind: str
+) -> None:
+    files, detector = sorted(few.glob("*.jpg"))[:3], Asked()
+    make: Callable[..., Reranker] = MatchReranker if kind == "match" else CosineReranker
+    model: Any = matcher if kind == "match" else tiny_clip
+    dogs, cats = "dogs on the sofa", "cats on the sofa"
+    assert (make(model, detector).score(dogs, files) != make(model).score(dogs, files)).all()
+    assert detector.phrases == [["dogs", "sofa"]] * 3
+    np.testing.assert_array_equal(make(model, detector).score(cats, files), make(model).score(cats, files))
+
+
+def test_one_reranker_serves_several_threads(few: Path, matcher: Blip2Matcher) -> None:
+    files = sorted(few.glob("*.jpg"))
+    reranker = MatchReranker(matcher, Asked(), batch_size=3)
+    texts = ["dogs in snow", "cats in snow"]
+    expected = [reranker.score(text, files) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(lambda n: reranker.score(texts[n % 2], files), range(8))):
+            np.testing.assert_array_equal(found, expected[number % 2])
 
 
 def test_rerankers_by_name(blip2_folder: Path, clip_folder: Path, few: Path) -> None:
