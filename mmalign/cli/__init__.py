@@ -20,6 +20,7 @@ from .aligning import align, eval_captions, eval_zero_shot
 from .best import best
 from .data import data_app
 from .diversity import eval_diversity, eval_diversity_prompts
+from .explaining import eval_words, explain
 from .fine_tuning import train_oca
 from .generating import generate
 from .indexing import index_app
@@ -49,7 +50,7 @@ app = typer.Typer(
 app.add_typer(
     index_app, name="index", help="Index a folder of images, or bring its index up to date; merge, import, export."
 )
-for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate, best, score):
+for _command in (search, similar, duplicates, info, verify, upgrade, encoders, align, generate, best, score, explain):
     app.command()(_command)
 train_app.command("oca", cls=MethodCommand)(train_oca)
 app.add_typer(train_app, name="train")
@@ -58,6 +59,7 @@ eval_app.command("captions")(eval_captions)
 eval_app.command("zero-shot")(eval_zero_shot)
 eval_app.command("diversity")(eval_diversity)
 eval_app.command("diversity-prompts")(eval_diversity_prompts)
+eval_app.command("words")(eval_words)
 app.add_typer(eval_app, name="eval", help="Measure an index, encoders, or how diverse drawn images are.")
 
 
