@@ -20,7 +20,8 @@ from mmalign import Encoder, JoinedEncoder, extract_features, load_encoder
 from mmalign.encoders.states import TokenStates
 from mmalign.errors import InputError
 from mmalign.imaging import DecodeSettings, read_file
-from mmalign.object_aware.boxes import Detections, Detector, read_boxes
+from mmalign.object_aware.boxes import Detections, Detector, choose_boxes, read_boxes
+from mmalign.object_aware.detectors import load_detector
 from mmalign.object_aware.encoder import ObjectAwareEncoder
 from mmalign.object_aware.loading import from_planes, query_phrases, to_planes
 from mmalign.object_aware.perturbing import PerturbationSettings, perturb_queries
@@ -313,12 +314,14 @@ def test_spec_says_all_and_is_absolute(
 
 
 def test_names_of_a_boxes_file_in_another_folder(
-    folder: Path, clip_folder: Path, files: list[Path], tmp_path: Path
+    folder: Path, clip_folder: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As COCO's annotations lie."""
     shutil.copy(folder / "boxes.jsonl", tmp_path / "instances.jsonl")
     inner = f"transformers:{clip_folder}"
-    there = load_encoder(f"objects:{tmp_path}/instances.jsonl,images={folder}|{inner}", device="cpu")
+    monkeypatch.chdir(folder.parent)
+    there = load_encoder(f"objects:{tmp_path}/instances.jsonl,images={folder.name}|{inner}", device="cpu")
+    monkeypatch.chdir("/")
     here = load_encoder(f"objects:{folder}/boxes.jsonl|{inner}", device="cpu")
     np.testing.assert_array_equal(there.encode_images(files), here.encode_images(files))
     lost = load_encoder(f"objects:{tmp_path}/instances.jsonl|{inner}", device="cpu")
@@ -356,6 +359,47 @@ def test_a_detector_that_needs_phrases_is_for_re_ranking(
     monkeypatch.setattr(ObjectsSpec, "load", lambda *_: detector)
     with pytest.raises(InputError, match="looks for phrases, which nobody knows when images are indexed"):
         load_encoder(f"objects:transformers:org/open|transformers:{clip_folder}", device="cpu")
+
+
+@pytest.fixture
+def yolos(tmp_path: Path) -> Path:
+    """A detector of random weights, whose scores for two classes are about a half."""
+    import transformers
+
+    config = transformers.YolosConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=4, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.YolosForObjectDetection(config)
+    model.save_pretrained(tmp_path / "yolos")
+    transformers.YolosImageProcessor(size={"height": 32, "width": 32}, do_pad=False).save_pretrained(tmp_path / "yolos")
+    return tmp_path / "yolos"
+
+
+def test_a_network_finds_the_objects(
+    yolos: Path, clip_folder: Path, tiny_clip: Encoder, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(yolos.parent)
+    encoder = load_encoder(f"objects:yolos,threshold=0.1|transformers:{clip_folder}", device="cpu")
+    assert isinstance(encoder, ObjectAwareEncoder)
+    detector = load_detector(yolos, device="cpu", threshold=0.1)
+    found = {file.name: choose_boxes(detector.detect(file), Image.open(file).size) for file in files}
+    assert all(len(boxes) for boxes in found.values())
+    vectors = encoder.encode_images(files, batch_size=5)
+    np.testing.assert_allclose(vectors, by_hand(tiny_clip, files, found), atol=1e-5)
+    assert np.abs(vectors - tiny_clip.encode_images(files)).max() > 1e-4
+
+    monkeypatch.chdir("/")
+    for again in (
+        load_encoder(encoder.spec, device="cpu"),
+        load_encoder(encoder.save(yolos.parent / "saved"), device="cpu"),
+    ):
+        assert again.fingerprint == encoder.fingerprint
+        np.testing.assert_array_equal(again.encode_images(files, batch_size=5), vectors)
+    surer = load_encoder(encoder.spec.replace("threshold=0.1", "threshold=0.99"), device="cpu")
+    assert surer.fingerprint != encoder.fingerprint
+    np.testing.assert_array_equal(surer.encode_images(files), tiny_clip.encode_images(files))
 
 
 @settings(max_examples=40, deadline=None)

@@ -126,7 +126,10 @@ def test_a_copy_stands_in_for_a_file_that_is_gone(folder: Path, encoder: TinyEnc
     assert found[0].rerank_score == float(hit.aliases[0].name[:2])
 
 
-def test_vectors_without_files_stay_as_they_are(tmp_path: Path, encoder: TinyEncoder) -> None:
+def test_vectors_without_files_stay_as_they_are(
+    folder: Path, tmp_path: Path, encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)  # which has files of the same names, that nobody said were meant
     vectors = np.random.default_rng(0).standard_normal((9, DIM)).astype(np.float32)
     index = ImageIndex.from_vectors(vectors, tmp_path / "i", paths=[f"{n:02}.png" for n in range(9)], encoder=encoder)
     reranker = ByName()
