@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -339,6 +340,7 @@ class WordReport:
 
     Attributes:
         calibration: by the right captions.
+        marked_share: of the words of these, in [0, 1], below eps; less than was asked for where eps would be above 0.
         wrong: how many wrong captions there are; without any, nothing is measured.
         figures: by score ("cosine", "f_clip_score", at the calibrated eps, and "most_negative", F-CLIPScore of the
             lowest word): "auroc" and "average_precision" of finding wrong captions. "chance" beside them.
@@ -349,6 +351,7 @@ class WordReport:
     """
 
     calibration: WordCalibration
+    marked_share: float
     wrong: int
     figures: dict[str, dict[str, float]]
     word_accuracy: float | None
@@ -426,12 +429,10 @@ def evaluate_words(
             advance(len(captions))
     right: list[WordAttribution] = []
     wrong: list[tuple[WordAttribution, str]] = []
+    following = iter(found)
     for row, _ in seen:
-        count = len(row.captions)
-        end = count + len(row.wrong_captions)
-        right += found[:count]
-        wrong += zip(found[count:end], row.wrong_words, strict=True)
-        del found[:end]
+        right += islice(following, len(row.captions))
+        wrong += zip(islice(following, len(row.wrong_captions)), row.wrong_words, strict=True)
     images_with = sum(bool(row.captions) for row, _ in seen)
     if not right:
         why = f" (first: {left_out[0]['message']})" if left_out else ""
@@ -439,7 +440,9 @@ def evaluate_words(
     calibration = _calibration(encoder, right, images_with, flagged_share, template, layers)
     accuracy, chance, named = _found_words(wrong)
     figures = _figures(right, [one for one, _ in wrong], calibration.eps) if wrong else {}
-    return WordReport(calibration, len(wrong), figures, accuracy, chance, named, left_out)
+    marked = sum(word.score < calibration.eps for one in right for word in one.words if not word.is_punctuation)
+    share = marked / calibration.words
+    return WordReport(calibration, share, len(wrong), figures, accuracy, chance, named, left_out)
 
 
 def _image_vectors(

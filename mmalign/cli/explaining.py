@@ -157,7 +157,7 @@ def eval_words(
         print(json.dumps(report.to_dict()))
     else:
         print(
-            f"eps {found.eps:.4g} marks {found.flagged_share:.1%} of {found.words:,} words of {found.captions:,} "
+            f"eps {found.eps:.4g} marks {report.marked_share:.1%} of {found.words:,} words of {found.captions:,} "
             f"captions that fit, of {found.images:,} images"
         )
         for line in report.table():

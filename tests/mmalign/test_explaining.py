@@ -311,6 +311,9 @@ def test_how_wrong_captions_are_found(clip: Encoder, with_wrong: Path) -> None:
     assert lines[0] == "20 captions that fit, 10 that do not"
     assert re.fullmatch(r"cosine +0\.\d{3} +0\.\d{3}", lines[2])
     assert re.match(rf"the lowest word is the wrong one in {report.word_accuracy:.3f} of 10", lines[-1])
+    everything = evaluate_words(clip, with_wrong, 1.0)
+    assert everything.calibration.eps <= 0
+    assert report.marked_share < everything.marked_share < 1  # the highest words are above 0, or at eps itself
     bare = evaluate_words(clip, with_wrong, 0.2, template="", layers=1)
     assert (bare.calibration.template, bare.calibration.layers) == ("", 1)
     assert bare.calibration.eps != report.calibration.eps
