@@ -9,7 +9,7 @@ signs of eigenvectors; its numbers are not these. What was published with boxes 
 0.2 points of R@1 over all of Flickr30k, more among small objects, where fifteen images or so were counted.
 
 A longer query also sharpens attention as a lower temperature would, whatever its direction: compare with
-(1 + mean(alpha) r/d) Q, or keep the norm.
+(1 + mean(alpha) r/d) Q, or keep the norm. And signs stay: a query that keeps away from an object keeps away further.
 
 Pure functions on tensors; `mmalign.object_aware` brings them into models. Decompositions are in float64.
 """
