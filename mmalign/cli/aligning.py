@@ -14,14 +14,16 @@ from mmalign.errors import InputError, reason_of
 from .options import PARTIAL, Device, Quiet, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     from mmalign.alignment import AlignmentRun
 
-__all__ = ["align", "eval_captions", "eval_zero_shot"]
+__all__ = ["align", "eval_captions", "eval_zero_shot", "given_of", "named_options"]
 
 _Method = Enum(  # type: ignore[misc]
-    "_Method", {name: name for name in ("structure", "clip", "siglip", "ape", "ridge", "cca", "procrustes", "asif")},
+    "_Method", {name: name for name in (
+        "structure", "clip", "siglip", "ape", "ridge", "cca", "procrustes", "asif", "kernel"
+    )},
     type=str,
 )  # fmt: skip
 
@@ -60,12 +62,14 @@ def align(
         Path | None,
         typer.Argument(
             help="Captioned images: a .jsonl, .csv or .tsv file, or a folder with captions.jsonl. A line has `file` "
-            "and `captions` (or `caption`), and may have `split` (train, validation, test), `group` and `label`.",
+            "and `captions` (or `caption`), and may have `split` (train, validation, test), `group` and `label`. For "
+            "kernel, a folder of images will do.",
             show_default=False,
         ),
     ] = None,
     image_encoder: Annotated[
-        str | None, typer.Option(help="Spec or folder; its image tower is used.", show_default=False)
+        str | None,
+        typer.Option(help="Spec or folder; its image tower is used. For kernel: what is trained.", show_default=False),
     ] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Spec or folder; its text tower is used.", show_default=False)
@@ -84,8 +88,18 @@ def align(
         ),
     ] = None,
     method: Annotated[
-        _Method, typer.Option(help="Trained heads (structure, clip, siglip, ape) or a closed form.")
+        _Method,
+        typer.Option(
+            help="Trained heads (structure, clip, siglip, ape), a closed form, or kernel: an image tower trained "
+            "towards a vision-only teacher."
+        ),
     ] = _Method.structure,  # type: ignore[attr-defined]
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="For kernel: spec or folder of an image encoder. (default: timm:vit_large_patch14_reg4_dinov2.lvd142m)"
+        ),
+    ] = None,
     layers: Annotated[
         str,
         typer.Option(
@@ -108,7 +122,9 @@ def align(
         float | None, typer.Option(min=0, help="Weight of STRUCTURE's regulariser. (default: 10)")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides cosines. (default: 0.05)")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps at most. (default: 1000)")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps at most. (default: 1000; kernel: two epochs)")
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,13 +172,32 @@ def align(
 
         mmalign align --image-features x.npy --text-features y.npy --out heads
 
+    kernel (KUEA, arXiv 2506.02557) takes a CLIP and images alone, trains its
+    image tower towards DINOv2's similarities, and leaves its words as they
+    are; the table says what it did to images held out. An index is built
+    anew, or changed over with `mmalign upgrade`:
+
+        mmalign align photos/ --out mine --method kernel \\
+            --image-encoder open_clip:ViT-L-14/openai
+
     Exit code 4: some images could not be read and were left out.
     """
-    from mmalign.alignment import align_encoders, align_features
+    from mmalign.alignment import METHODS, align_encoders, align_features
 
+    if method.value == "kernel":
+        from .kernel_aligning import align_kernel
+
+        align_kernel(
+            context, data, out, image_encoder, teacher, options or [], steps=steps, test=test, device=device,
+            batch_size=batch_size, workers=workers, seed=seed, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
+    if teacher is not None:
+        raise InputError(f"--teacher is for --method kernel, and the method is {method.value}; leave it out")
     given = {"head": head, "dim": dim, "structure": structure, "temperature": temperature, "steps": steps}
     own = {name: value for name, value in given.items() if value is not None}
-    method_options = _named(method.value, options or [], own)
+    types = get_type_hints(METHODS[method.value].options)
+    method_options = named_options(method.value, types, options or [], own)
     if image_features is not None or text_features is not None:
         features = _only_features(context, data, image_features, text_features)
         run = align_features(
@@ -238,13 +273,18 @@ def _only_features(
     """Both, and refuse what has no effect on features that are there already."""
     if image_features is None or text_features is None:
         raise InputError("--image-features and --text-features belong together; give both")
-    # By name: typer has a click of its own.
-    sources = {name: context.get_parameter_source(name) for name in _FOR_DATA}
-    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    given = given_of(context, _FOR_DATA)
     if data is not None or given:
         names = ["DATA"] * (data is not None) + [f"--{name.replace('_', '-')}" for name in given]
         raise InputError(f"{', '.join(names)}: of no effect on features that are there already; leave out")
     return image_features, text_features
+
+
+def given_of(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of the parameters that were given."""
+    # By name: typer has a click of its own.
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
 
 
 def eval_captions(
@@ -379,13 +419,10 @@ def _templates(text: str) -> str | list[str]:
         raise InputError(f"templates {text!r} cannot be read ({reason_of(error)}); check the path") from None
 
 
-def _named(method: str, given: list[str], own: dict[str, Any]) -> dict[str, Any]:
+def named_options(method: str, types: Mapping[str, Any], given: list[str], own: Mapping[str, Any]) -> dict[str, Any]:
     """`name=value` as the method's options have them, beside those with an option of their `own`."""
     from pydantic import TypeAdapter, ValidationError
 
-    from mmalign.alignment import METHODS
-
-    types = get_type_hints(METHODS[method].options)
     options = dict(own)
     for entry in given:
         name, equals, value = entry.partition("=")

@@ -66,6 +66,8 @@ class Tower:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self._lora = LoraModel(self.encoder.model, config, "default")
+        for one in attention:
+            _keep_exact(self._lora, one)
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes."""
@@ -77,6 +79,25 @@ class Tower:
             self._lora.merge_and_unload()
         self.encoder.model.requires_grad_(True)
         self.encoder.model.eval()
+
+
+def _keep_exact(lora: Any, attention: Any) -> None:
+    """Give a layer its frozen weights back after each pass.
+
+    peft adds what is trained to them and subtracts it again, which leaves other last bits every time.
+    """
+    around = next((part for part in lora.modules() if getattr(part, "base_layer", None) is attention), None)
+    if around is None:  # of separate projections: not adapted
+        return
+    kept = [weight.detach().clone() for weight in (attention.in_proj_weight, attention.out_proj.base_layer.weight)]
+
+    def restore(*_: Any) -> None:
+        for weight, original in zip(
+            (attention.in_proj_weight, attention.out_proj.base_layer.weight), kept, strict=True
+        ):
+            weight.data.copy_(original)
+
+    around.register_forward_hook(restore)
 
 
 def _takes_lora(part: nn.Module) -> bool:
