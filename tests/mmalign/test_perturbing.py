@@ -112,7 +112,18 @@ FAMILIES: dict[str, Callable[[Any, Path], Any]] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, photos: Path, captions: list[dict], tmp_path_factory: Any) -> Family:
     encoder = FAMILIES[request.param](request, tmp_path_factory.mktemp("models"))
-    return on_photographs(encoder, photos, captions)
+    return on_photographs(redrawn(encoder), photos, captions)
+
+
+def redrawn(encoder: Any, seed: int = 0) -> Any:
+    """The encoder with other weights, the same ones whatever was drawn before."""
+    other = copy.copy(encoder)
+    other.model = copy.deepcopy(encoder.model)
+    for name, parameter in other.model.named_parameters():
+        if parameter.ndim:
+            parameter.data.fill_(float(parameter.ndim == 1 and name.endswith("weight")))  # 1 in norms
+    spread_weights(other.model, seed)
+    return other
 
 
 def on_photographs(encoder: Any, photos: Path, captions: list[dict], count: int = IMAGES) -> Family:
@@ -302,14 +313,14 @@ def test_attention_moves_into_the_box(family: Family, photos: Path, captions: li
     """
     several = on_photographs(family.encoder, photos, captions, 8)
     weights = several.weights()
-    encoder, means = copy.copy(family.encoder), []
-    for seed in range(1, 9):
-        encoder.model = spread_weights(copy.deepcopy(family.encoder.model), seed)
+    means = []
+    for seed in range(8):
+        encoder = redrawn(family.encoder, seed)
         both = attention_masses(encoder, several.pixels, weights, PerturbationSettings(alpha=100))
         means.append([masses.mean().item() for masses in both])
     plain, found = np.mean(means, axis=0)
     assert plain == pytest.approx(weights.sum(dim=-1).mean().item() / grid_of(encoder).tokens, rel=0.3)
-    assert found > 1.1 * plain
+    assert found > 1.2 * plain
 
 
 def test_masses_are_those_of_the_library(family: Family, request: pytest.FixtureRequest) -> None:
@@ -321,7 +332,7 @@ def test_masses_are_those_of_the_library(family: Family, request: pytest.Fixture
     np.testing.assert_allclose(plain[:, 1], mass_by_the_library(family, weights[:, 1]), rtol=1e-4)
     with perturbed(encoder, weights):
         np.testing.assert_allclose(found[:, 1], mass_by_the_library(family, weights[:, 1]), rtol=1e-4)
-    assert (found - plain)[:, 1].abs().min() > 1e-5
+    assert (found - plain)[:, 1].abs().max() > 1e-3
 
 
 def mass_by_the_library(family: Family, weights: Tensor) -> Tensor:
@@ -493,20 +504,18 @@ def test_joined_encoders_are_perturbed_inside(tiny_clip: Any, photos: Path, capt
     assert not torch.allclose(outside.features(), expected)
 
 
-def test_half_precision(
-    tiny_open_clip: Any, tiny_clip: Any, tiny_timm: Any, photos: Path, captions: list[dict]
-) -> None:
-    for encoder in (tiny_open_clip, tiny_clip, tiny_timm):
-        full = on_photographs(encoder, photos, captions)
-        weights = full.weights()
-        half = copy.deepcopy(encoder).to("cpu", "bfloat16")
-        with perturbed(encoder, weights):
-            expected = encoder.encode_pixels(full.pixels)
-        plain = encoder.encode_pixels(full.pixels)
-        with perturbed(half, weights):
-            found = half.encode_pixels(full.pixels)
-        assert ((found * expected).sum(axis=1) > (plain * expected).sum(axis=1)).all()
-        assert (found * expected).sum(axis=1).min() > 0.999
+def test_half_precision(family: Family) -> None:
+    """Masses are what attention does, seen before later layers round."""
+    encoder, weights, strong = family.encoder, family.weights(), PerturbationSettings(alpha=100)
+    half = copy.deepcopy(encoder)
+    if isinstance(encoder, Blip2Matcher):
+        half.to("cpu", "bfloat16")
+    else:
+        half.image_module.to(torch.bfloat16)
+        half.dtype = torch.bfloat16
+    plain, expected = attention_masses(encoder, family.pixels, weights, strong)
+    _, found = attention_masses(half, family.pixels, weights, strong)
+    assert (found - expected).norm() < 0.4 * (expected - plain).norm()
 
 
 def test_gradients_flow(tiny_open_clip: Any, tiny_clip: Any, photos: Path, captions: list[dict]) -> None:
