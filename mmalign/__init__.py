@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from .encoders import DEFAULT_SPEC, Encoder, JoinedEncoder, load_encoder, register_source
     from .encoders.compatible import CompatibleEncoder
     from .errors import InputError, MMAlignError
+    from .explaining import explain, explain_many
     from .features import Features, extract_features, load_features
-    from .fine_tuning import fine_tune_compatible
+    from .fine_tuning import align_to_teacher, fine_tune_compatible
     from .imaging import ImagePreprocessing, read_image
+    from .kernel_alignment import kernel_alignment_loss
     from .layer_selection import layer_scores
+    from .object_aware import ObjectAwareEncoder, load_detector, perturb_queries
     from .spherical_interpolation import interpolate_queries, padded_procrustes
     from .structure import structure_loss
     from .word_attribution import calibrate_eps, f_clip_score, word_attribution
@@ -39,9 +42,12 @@ __getattr__, __dir__, _names = lazy_loader.attach(
         "encoders.compatible": ["CompatibleEncoder"],
         "errors": ["InputError", "MMAlignError"],
         "features": ["Features", "extract_features", "load_features"],
-        "fine_tuning": ["fine_tune_compatible"],
+        "explaining": ["explain", "explain_many"],
+        "fine_tuning": ["align_to_teacher", "fine_tune_compatible"],
         "imaging": ["ImagePreprocessing", "read_image"],
+        "kernel_alignment": ["kernel_alignment_loss"],
         "layer_selection": ["layer_scores"],
+        "object_aware": ["ObjectAwareEncoder", "load_detector", "perturb_queries"],
         "spherical_interpolation": ["interpolate_queries", "padded_procrustes"],
         "structure": ["structure_loss"],
         "word_attribution": ["calibrate_eps", "f_clip_score", "word_attribution"],

@@ -108,11 +108,14 @@ class BoxesFile(Detector):
     """Boxes that were given, by an annotator or another program, found by the content of the image's file.
 
     An image that the file does not name has no boxes, and is treated as by the plain model.
+
+    Attributes:
+        missing: names of images that were not there when the file was read.
     """
 
-    def __init__(self, boxes: Mapping[str, Detections], spec: str) -> None:
+    def __init__(self, boxes: Mapping[str, Detections], spec: str, missing: tuple[str, ...] = ()) -> None:
         """Takes boxes by hexadecimal SHA-256 of the image's file."""
-        self.spec = spec
+        self.spec, self.missing = spec, missing
         self._boxes = dict(boxes)
 
     def __len__(self) -> int:
@@ -194,7 +197,7 @@ def read_boxes(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
         images: folder that names are relative to; that of `path` by default.
 
     Raises:
-        InputError: not of such a form, an image that is not there, boxes that are none, or no image at all.
+        InputError: not of such a form, none of the images is there, or boxes that are none.
     """
     path = Path(path)
     root = Path(images) if images is not None else path.parent
@@ -215,12 +218,12 @@ def read_boxes(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
             if error.reason != "missing":
                 raise InputError(f"{str(path)!r} names an image that cannot be read: {error}") from None
             missing.append(name)
-    if missing:
+    if not by_content:
         raise InputError(
-            f"{len(missing):,} of {len(named):,} images that {str(path)!r} names are not in {str(root)!r} (first: "
-            f"{missing[0]!r}); give the folder of the images, or take those lines out"
+            f"none of the {len(named):,} images that {str(path)!r} names are in {str(root)!r} (first: {missing[0]!r}); "
+            "give the folder of the images"
         )
-    return BoxesFile({key: _together(parts) for key, parts in by_content.items()}, os.fspath(path))
+    return BoxesFile({key: _together(parts) for key, parts in by_content.items()}, os.fspath(path), tuple(missing))
 
 
 def _rows(boxes: Any, where: str) -> Float[np.ndarray, "n 4"]:

@@ -24,68 +24,11 @@ __all__ = ["ObjectLoader", "from_planes", "query_phrases", "to_planes"]
 
 # English words that stand between the things a text names.
 _BETWEEN = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "these",
-        "those",
-        "some",
-        "several",
-        "many",
-        "few",
-        "one",
-        "and",
-        "or",
-        "but",
-        "with",
-        "without",
-        "of",
-        "in",
-        "on",
-        "at",
-        "by",
-        "to",
-        "from",
-        "into",
-        "onto",
-        "over",
-        "under",
-        "above",
-        "below",
-        "beside",
-        "near",
-        "next",
-        "behind",
-        "between",
-        "through",
-        "across",
-        "along",
-        "around",
-        "against",
-        "for",
-        "as",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "being",
-        "been",
-        "has",
-        "have",
-        "there",
-        "it",
-        "its",
-        "his",
-        "her",
-        "their",
-        "who",
-        "which",
-        "while",
-    ]
+    """
+    a an the this that these those some several many few one and or but with without of in on at by to from into onto
+    over under above below beside near next behind between through across along around against for as is are was were
+    be being been has have there it its his her their who which while
+    """.split()  # noqa: SIM905
 )
 
 

@@ -210,7 +210,7 @@ def test_what_are_no_boxes(boxes: Any, message: str) -> None:
         ('{"file": "NAME", "objects": [{"bbox": [1, 2, 3]}]}', r"`bbox` has shape \(3,\)"),
         ('{"file": "NAME", "objects": [{"bbox": [1, 2, 3, "x"]}]}', "no list of numbers"),
         ('{"NAME": [[5, 0, 1, 1]]}', "'NAME' in .*right or lower side"),
-        ('{"gone.jpg": [], "NAME": []}', "1 of 2 images .* are not in .*first: 'gone.jpg'"),
+        ('{"gone.jpg": []}', "none of the 1 images .* are in .*first: 'gone.jpg'"),
         ('{"..": []}', "names an image that cannot be read"),
         ('{"images": [{"id": 1}], "annotations": []}', "is not COCO's JSON: 'file_name' is missing"),
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [1, 1, 1, 1]}]}', "not COCO's JSON: 3 is missing"),
@@ -233,8 +233,17 @@ def test_files_and_folders_that_are_not_there(photos: Path, tmp_path: Path) -> N
         read_boxes(tmp_path / "no.json")
     with pytest.raises(InputError, match=r"images .*nowhere' is not a folder"):
         read_boxes(photos / "captions.jsonl", tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"76 of 76 images .*give the folder of the images"):
+    with pytest.raises(InputError, match=r"none of the 76 images .*give the folder of the images"):
         read_boxes(photos / "captions.jsonl", tmp_path)
     (tmp_path / "latin.json").write_bytes(b'{"caf\xe9.jpg": []}')
     with pytest.raises(InputError, match="are not UTF-8"):
         read_boxes(tmp_path / "latin.json")
+
+
+def test_images_that_were_deleted_take_no_boxes_from_the_others(photos: Path, tmp_path: Path) -> None:
+    image = min(photos.glob("*.jpg"))
+    shutil.copy(image, tmp_path / "here.jpg")
+    (tmp_path / "boxes.json").write_text('{"gone.jpg": [[1, 1, 9, 9]], "here.jpg": [[0, 0, 40, 30]]}')
+    found = read_boxes(tmp_path / "boxes.json")
+    assert found.missing == ("gone.jpg",)
+    assert found.detect(tmp_path / "here.jpg").boxes.tolist() == [[0, 0, 40, 30]]
