@@ -1,15 +1,19 @@
-"""README's snippets run as they stand: joining two encoders on photographs, an upgrade on an index of colours."""
+"""README's snippets run as they stand: joining two encoders on photographs, an upgrade on an index of colours,
+what an encoder overlooks with tiny models."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mmalign import load_encoder
+from mmalign import Encoder, load_encoder
 from retrieval import ImageIndex
 
 README = Path(__file__).parents[1] / "README.md"
@@ -34,6 +38,42 @@ def test_upgrading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     assert "advice: " in capsys.readouterr().out
     assert len(made["hits"]) == 10
     assert ImageIndex.open("photos").manifest["encoder"]["spec"] == "colour:weak", "rolled back"
+
+
+def test_finding_what_an_encoder_overlooks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photos: Path, captions: list[dict[str, Any]], clip_folder: Path,
+    blip2_folder: Path, tiny_timm: Encoder, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "photos").mkdir()
+    chosen = captions[:10]
+    for row in chosen:
+        shutil.copy(photos / row["file"], tmp_path / "photos" / row["file"])
+    lines = [json.dumps({"file": f"photos/{row['file']}", "objects": row["objects"]}) for row in chosen]
+    (tmp_path / "boxes.json").write_text("\n".join(lines), encoding="utf-8")
+    shutil.copy(photos / chosen[0]["file"], tmp_path / "cup.jpg")
+    monkeypatch.chdir(tmp_path)
+    block = python_block("## Find what an encoder overlooks")
+    quickly = f"teacher={str(tiny_timm.save(tmp_path / 'teacher'))!r}, steps=1, batch_size=4, test=0.3"
+    for ours, theirs in (
+        ("open_clip:ViT-L-14/openai", f"transformers:{clip_folder}"), ("Salesforce/blip2-itm-vit-g", str(blip2_folder)),
+        ('adaptation="lora"', f'adaptation="lora", {quickly}'),
+    ):  # fmt: skip
+        assert ours in block
+        block = block.replace(ours, theirs)
+    tiny = load_encoder(f"transformers:{clip_folder}", device="cpu")
+    images = [tiny.load_image(photos / row["file"]) for row in chosen[:2]]
+    made: dict[str, Any] = {
+        "__name__": "pasted",
+        "pixel_values": torch.stack([pixels for _, pixels in images]),
+        "image_sizes": [decoded.pixels.shape[:0:-1] for decoded, _ in images],
+        "boxes": [[[120, 60, 300, 220]], []],
+    }
+    exec(block, made)
+    plain = load_encoder("mine", device="cpu").encode_pixels(made["pixel_values"])
+    assert not np.array_equal(made["rows"][0], plain[0])
+    assert np.array_equal(made["rows"][1], plain[1])
+    assert len(made["index"]) == 10
+    assert "a cup of" in capsys.readouterr().out
 
 
 @pytest.mark.slow
