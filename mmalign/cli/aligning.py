@@ -141,7 +141,7 @@ def align(
     sample: Annotated[int, typer.Option(min=10, help="Training images that layers are chosen on, at most.")] = 5000,
     templates: Templates = "simple",
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for features. (default: mmalign-features beside OUT)")
+        Path | None, typer.Option(help="Folder for features. (default: mmalign-features beside OUT; kernel keeps none)")
     ] = None,
     device: Device = None,
     dtype: Annotated[
@@ -188,8 +188,8 @@ def align(
         from .kernel_aligning import align_kernel
 
         align_kernel(
-            context, data, out, image_encoder, teacher, options or [], steps=steps, test=test, device=device,
-            batch_size=batch_size, workers=workers, seed=seed, as_json=as_json, quiet=quiet,
+            context, data, out, image_encoder, teacher, options or [], steps=steps, test=test, cache=cache,
+            device=device, batch_size=batch_size, workers=workers, seed=seed, as_json=as_json, quiet=quiet,
         )  # fmt: skip
         return
     if teacher is not None:

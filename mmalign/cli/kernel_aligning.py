@@ -20,7 +20,7 @@ __all__ = ["align_kernel"]
 
 _OF_OTHERS = (
     "text_encoder", "image_features", "text_features", "owner", "layers", "layer_score", "pooling", "against", "head",
-    "dim", "structure", "temperature", "validation", "duplicates", "sample", "templates", "cache", "dtype",
+    "dim", "structure", "temperature", "validation", "duplicates", "sample", "templates", "dtype",
 )  # fmt: skip
 
 

@@ -225,6 +225,18 @@ def test_a_folder_of_images_without_captions(tiny_clip: Encoder, run: Callable[.
         assert min(image.size) > 200
 
 
+def test_features_are_found_again_in_a_cache_that_stays(
+    tiny_clip: Encoder, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_clip, "first", steps=1, cache=tmp_path / "features")
+    loaded = []
+    load = Encoder.load_image
+    monkeypatch.setattr(Encoder, "load_image", lambda self, *rest: loaded.append(self.source) or load(self, *rest))
+    run(tiny_clip, "second", steps=1, cache=tmp_path / "features", seed=1)
+    assert "timm" not in loaded
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "first", "second"]
+
+
 def test_kernels_that_are_trained_and_other_kinds(tiny_clip: Encoder, run: Callable[..., Any]) -> None:
     fixed = run(tiny_clip, "fixed")
     assert {line["parameter"] for line in fixed.history} == {fixed.kernels["student"]["offset"]}

@@ -83,6 +83,7 @@ def align_to_teacher(
     check_every: int | None = None,
     texts: Sequence[str] | None = None,
     test: float = 0.1,
+    cache: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     workers: int | None = None,
     seed: int = 0,
@@ -136,6 +137,7 @@ def align_to_teacher(
         texts: looked at then; by default the captions of held-out images, or where there are none the names of
             ImageNet's classes.
         test: share of the images to measure on, where no line says which. Copies stay on one side.
+        cache: folder for features of both models, which further runs find there; by default `OUT.training`, which goes.
         device: to train on; the fastest present by default.
         workers: decoding threads.
         seed: of split, order and LoRA.
@@ -194,7 +196,7 @@ def align_to_teacher(
         # One process extracts, the others find it in the cache.
         with accelerator.main_process_first():
             both = [
-                extract_features(one, files, modality="image", workers=workers, cache=work / "features",
+                extract_features(one, files, modality="image", workers=workers, cache=cache or work / "features",
                                  progress=progress and main)
                 for one in (encoder.to(where), guide.to(where))
             ]  # fmt: skip
