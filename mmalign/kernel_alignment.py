@@ -229,11 +229,14 @@ def nearest_pairs_error(
     In a large batch most pairs are unrelated and agree already; their mean hides those that matter.
 
     Raises:
-        InputError: a share outside (0, 1], or fewer than two rows.
+        InputError: a share outside (0, 1], fewer than two rows, or matrices of two shapes.
     """
     rows = len(teacher)
-    if rows < 2:
-        raise InputError(f"matrices of {rows} rows have no pairs; give two images or more")
+    if student.shape != teacher.shape or rows < 2:
+        raise InputError(
+            f"matrices have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; give two of one shape, of two "
+            "images or more"
+        )
     in_range("share", share, 1e-12, 1)
     first, second = torch.triu_indices(rows, rows, 1, device=teacher.device)
     alike = teacher[first, second].topk(max(1, round(share * len(first)))).indices
@@ -243,7 +246,8 @@ def nearest_pairs_error(
 def cosine_shift_bound(student: Float[Tensor, "n dim"], original: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
     """How far the cosine with any text can have moved, an image: 2 |z - z0| / max(|z|, |z0|) (Proposition 3.2)."""
     moved = (student - original).norm(dim=1)
-    return 2 * moved / torch.maximum(student.norm(dim=1), original.norm(dim=1))
+    longer = torch.maximum(student.norm(dim=1), original.norm(dim=1))
+    return 2 * moved / longer.clamp(min=torch.finfo(longer.dtype).tiny)
 
 
 def _number(value: Number) -> float:

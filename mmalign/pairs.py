@@ -75,14 +75,17 @@ def read_images(source: str | os.PathLike[str]) -> tuple[list[CaptionedImage], P
     """Images with or without captions, and the folder that their files are relative to.
 
     Args:
-        source: as for `read_captioned`; or a folder without such a file, of which all images are taken, at any depth.
+        source: as for `read_captioned`, but lines need no captions; or a folder without such a file, of which all
+            images are taken, at any depth. Hidden files are passed over, and folders of saved encoders.
 
     Raises:
         InputError: missing, a line that is not of that form (numbered), or no image.
     """
     path = Path(source)
-    if not path.is_dir() or any((path / name).is_file() for name in _NAMES):
-        return read_captioned(path)
+    if path.is_dir():
+        path = next((path / name for name in _NAMES if (path / name).is_file()), path)
+    if not path.is_dir():
+        return _images(path, _CAPTION, required=False), path.parent
     found = [CaptionedImage(str(file.relative_to(path))) for file in _image_files(path)]
     if not found:
         raise InputError(f"folder {str(path)!r} holds no images; check the path")
@@ -124,19 +127,27 @@ def class_folders(root: Path) -> list[CaptionedImage]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """At any depth, in order, by their suffix."""
+    """At any depth, in order, by their suffix; not what is hidden, nor the pictures in a saved encoder."""
     known = Image.registered_extensions()
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known and path.is_file()]
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not (entry / "encoder.json").is_file():
+            found += _image_files(entry)
+        elif entry.suffix.lower() in known and entry.is_file():
+            found.append(entry)
+    return found
 
 
-def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:
-    """One for each file that lines name, of which all have what is wanted: `_CAPTION` or `_LABEL`."""
+def _images(path: Path, wanted: Sequence[str], *, required: bool = True) -> list[CaptionedImage]:
+    """One for each file that lines name, of which all have, if required, what is wanted: `_CAPTION` or `_LABEL`."""
     images: dict[str, CaptionedImage] = {}
-    for number, entry in _entries(path, wanted):
-        image = _image(entry, wanted)
+    for number, entry in _entries(path, wanted, required):
+        image = _image(entry, wanted, required)
         if image is None:
-            names = " or ".join(f"`{name}`" for name in wanted)
-            raise InputError(f"line {number} of {str(path)!r} has no `file` with {names}; mend it")
+            names = f" with {' or '.join(f'`{name}`' for name in wanted)}" if required else ""
+            raise InputError(f"line {number} of {str(path)!r} has no `file`{names}; mend it")
         if len(image.wrong_captions) != len(image.wrong_words) or not all(map(str.strip, image.wrong_captions)):
             raise InputError(
                 f"line {number} of {str(path)!r} has {len(image.wrong_captions)} wrong captions and "
@@ -161,7 +172,7 @@ def _images(path: Path, wanted: Sequence[str]) -> list[CaptionedImage]:
     return list(images.values())
 
 
-def _entries(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def _entries(path: Path, wanted: Sequence[str], required: bool) -> Iterator[tuple[int, Any]]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -173,7 +184,7 @@ def _entries(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
         raise InputError(
             f"line {number} of {str(path)!r} is not UTF-8; give a .csv, .tsv or .jsonl file that is saved as UTF-8"
         ) from None
-    return _rows(path, text, wanted) if path.suffix.lower() in (".csv", ".tsv") else _lines(path, text)
+    return _rows(path, text, wanted, required) if path.suffix.lower() in (".csv", ".tsv") else _lines(path, text)
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -188,7 +199,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 ) from None
 
 
-def _rows(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, text: str, wanted: Sequence[str], required: bool) -> Iterator[tuple[int, Any]]:
     """Rows of a table; spreadsheets of some countries write semicolons into a .csv file."""
     header = text.partition("\n")[0]
     separators = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"
@@ -197,7 +208,7 @@ def _rows(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[int, A
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        _check_columns(path, rows.fieldnames, wanted)
+        _check_columns(path, rows.fieldnames, wanted, required)
         for row in rows:
             beyond = row.pop(None, [])
             if any(cell.strip() for cell in beyond):
@@ -217,20 +228,23 @@ def _rows(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[int, A
         ) from None
 
 
-def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    if names and not all(any(name in names for name in choice) for choice in (_FILE, wanted)):
+def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str], required: bool) -> None:
+    choices = (_FILE, wanted) if required else (_FILE,)
+    if names and not all(any(name in names for name in choice) for choice in choices):
         raise InputError(
-            f"{str(path)!r} has the columns {', '.join(map(repr, names))}; name one file (or file_name, image, path) "
-            f"and one {wanted[-1]}"
+            f"{str(path)!r} has the columns {', '.join(map(repr, names))}; name one file (or file_name, image, path)"
+            + (f" and one {wanted[-1]}" if required else "")
         )
     if twice := [name for name in (*_FILE, *wanted, *_ABOUT) if names.count(name) > 1]:
         raise InputError(f"{str(path)!r} has two columns {twice[0]!r}; keep one, with one row a {wanted[-1]}")
 
 
-def _image(entry: Any, wanted: Sequence[str]) -> CaptionedImage | None:
+def _image(entry: Any, wanted: Sequence[str], required: bool) -> CaptionedImage | None:
     try:
         file = next(entry[name] for name in _FILE if entry.get(name))
-        captions = next(entry[name] for name in wanted if name in entry) if wanted == _CAPTION else []
+        captions = []
+        if wanted == _CAPTION and (required or any(name in entry for name in wanted)):
+            captions = next(entry[name] for name in wanted if name in entry)
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(file, str) or not isinstance(captions, list):
             return None

@@ -22,7 +22,7 @@ from .heads import Head, build_head, head_tensors, read_heads
 from .report import read_report, write_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from typing_extensions import Self
 
@@ -219,6 +219,11 @@ class AlignedEncoder(JoinedEncoder):
             for side, tower in (("image", self.image_encoder), ("text", self.text_encoder))
         )
         return AlignedEncoder(image, text, {}, dim=image.dim, settings={"method": name})
+
+    def note_training(self, content: Iterable[str]) -> None:
+        """Forget what was measured and fitted beside the heads, as the tower below is another now."""
+        self.baselines, self.report = {}, {}
+        self.fitted_on |= frozenset(content)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """As `JoinedEncoder`, with the baselines, the report and its pictures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ def align_kernel(
     types = {**get_type_hints(Recipe), "teacher_size": int | None, "teacher_view": Literal["own", "student"]}
     named = named_options("kernel", types, list(options), given)
     report = align_to_teacher(data, out, student=student, progress=not quiet, **named)
+    if int(os.environ.get("RANK", "0")):  # one of several processes speaks
+        return
     for warning in report.warnings:
         say(f"note: {warning}")
     print(json.dumps(report.to_dict()) if as_json else "\n".join(report.table()))

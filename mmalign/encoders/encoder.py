@@ -317,6 +317,9 @@ class Encoder(ABC):
             "with dtype='float32' to save it"
         )
 
+    def note_training(self, content: Iterable[str]) -> None:  # noqa: B027
+        """Know that the image tower has been trained further, on files of these SHA-256."""
+
     def require(self, modality: str) -> None:
         """Raise InputError unless this encoder has a tower for "image" or "text"."""
         if modality not in self.modalities:

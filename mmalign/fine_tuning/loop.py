@@ -115,6 +115,15 @@ class ImageLoop(ABC):
         """
         if checkpoint.is_file():
             self.load(checkpoint)
+        try:
+            self._run(checkpoint, about, workers, progress)
+        except NonFiniteLossError:
+            # It would diverge again; and with other settings, which the error advises, nothing could go on from it.
+            if self.rank == 0:
+                checkpoint.unlink(missing_ok=True)
+            raise
+
+    def _run(self, checkpoint: Path, about: str, workers: int | None, progress: bool) -> None:
         size, first = self.batch_size, self.step
         samples = ((n, self._image_of(n)) for step in range(first, self.steps) for n in self._own(step))
         found = prefetch(samples, lambda sample: self.pixels_of(*sample), ahead=3 * size, workers=workers)
@@ -130,6 +139,7 @@ class ImageLoop(ABC):
                 self._line.append(values)
                 ended = self.step == self.steps or self.ends_line()
                 if ended:
+                    self._check_weights()
                     self.history.append(self.line(self._means()))
                     self._line = []
                 shown = {name: f"{values[name]:.4g}" for name in self.shown}
@@ -233,13 +243,19 @@ class ImageLoop(ABC):
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if self.processes > 1:
             for parameter in trained:
-                assert parameter.grad is not None
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.processes
+                if parameter.grad is not None:  # of layers that the features do not reach, on every process alike
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.processes
         if not bool(nn.utils.clip_grad_norm_(trained, math.inf).isfinite()):  # clips nothing, and gives the norm
             raise self._not_finite(f"the gradient of step {self.step} is not finite")
         self.optimizer.step()
         return values
+
+    def _check_weights(self) -> None:
+        """What the last step made of them shows in no loss yet."""
+        for group in self.optimizer.param_groups:
+            if not all(bool(parameter.isfinite().all()) for parameter in group["params"]):
+                raise self._not_finite(f"weights after step {self.step - 1} are not finite")
 
     def _not_finite(self, what: str) -> NonFiniteLossError:
         rate = self.optimizer.defaults["lr"]

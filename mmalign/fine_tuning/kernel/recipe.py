@@ -60,7 +60,7 @@ class Recipe:
         for name in ("weight", "reg_weight", "weight_decay"):
             in_range(name, getattr(self, name), 0)
         in_range("warmup", self.warmup, 0, 1)
-        if self.sigma is not None and len(self.sigma) != 2:
+        if self.sigma is not None and (not isinstance(self.sigma, (tuple, list)) or len(self.sigma) != 2):
             raise InputError(f"sigma is {self.sigma!r}; give two numbers, of the student's kernel and the teacher's")
         for one in self.sigma or ():
             in_range("sigma", one, 1e-12)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["TEACHER", "align_to_teacher"]
 
 TEACHER = "timm:vit_large_patch14_reg4_dinov2.lvd142m"
+# Other processes wait while one extracts the features of all images; the usual ten minutes would end the run.
+_PATIENCE = timedelta(hours=48)
 _SAMPLE = 1000  # rows that a kernel's parameter is fitted on
 _LOOKED_AT = 128  # held-out images that are looked at while training
 
@@ -101,11 +104,11 @@ def align_to_teacher(
     A stopped run goes on from its last checkpoint when it is called again with the same arguments, and on a CPU ends in
     the same bits as one that was not stopped. Until it is done, checkpoints and features are in `OUT.training` beside
     `out`. Called again after the end, it gives the report that there is. Under `accelerate launch` the processes share
-    every batch, whose kernel is of all its images.
+    every batch, whose kernel is of all its images; features are extracted by the first.
 
     Args:
         data: a folder of images, at any depth; or captioned images, see `pairs.read_images`: captions and labels of
-            held-out images serve the report alone. Lines may say `split` and `group`.
+            held-out images serve the report alone. Lines may say `split` ("validation" is not used) and `group`.
         out: folder of the encoder that is made, which is replaced if it is one.
         student: spec, folder or encoder with both towers; an encoder is copied.
         teacher: spec, folder or encoder with an image tower; DINOv2 ViT-L/14 with registers by default.
@@ -155,19 +158,17 @@ def align_to_teacher(
         seed,
     )  # fmt: skip
     one_of("teacher_view", teacher_view, ("own", "student"))
+    if isinstance(texts, str):
+        raise InputError(f"texts are {texts!r}, one text; give a list")
     at_least("teacher_size", teacher_size, 8)
     at_least("workers", workers)
     in_range("test", test, 0, 1)
     target = Path(out).absolute()
     accelerator = _accelerator(device, recipe)
     where = accelerator.device if device is None or accelerator.num_processes > 1 else resolve_device(device)
-    encoder = copy.deepcopy(student) if isinstance(student, Encoder) else load_encoder(student, device=where)
-    for modality in ("image", "text"):
-        encoder.require(modality)
-    if encoder._rounded:
-        raise InputError(
-            f"the weights of {encoder.spec!r} were rounded to half precision; make it with dtype='float32'"
-        )
+    given = student if isinstance(student, Encoder) else load_encoder(student, device=where)
+    _check_student(given)
+    encoder = copy.deepcopy(given) if given is student else given
     check_target(target, encoder, "the student")
     guide = _teacher(teacher, teacher_size, where)
     if teacher_view == "student":
@@ -188,6 +189,8 @@ def align_to_teacher(
     }
     finished = read_report(target)
     if finished.get("settings") == settings:
+        if main:
+            shutil.rmtree(work, ignore_errors=True)
         return KernelReport(**{**finished, "folder": str(target)})
 
     with locked(work) if main else nullcontext():
@@ -221,6 +224,7 @@ def align_to_teacher(
         settled = loop.student_kernel()
         loop.tower.finish()
         encoder._fingerprint = None
+        encoder.note_training(both[0].content[row] for row in training)
         if main:
             report = measured.report(encoder, files, z0, t, (kernels[0], kernels[1]), loop, settings, workers, progress)
             report.counts |= {"training": len(training), "left_out": len(both[0].skipped)}
@@ -293,8 +297,8 @@ class _Measured:
         before, after = z0[self.rows], np.array(found["output"], np.float32)
         unit = {name: unit_rows(torch.from_numpy(rows)) for name, rows in (("before", before), ("after", after))}
         retrieval = None
-        if len(self.captions):
-            described = np.unique(self.owner)
+        described = np.unique(self.owner)
+        if len(described) > 1:
             owner = np.searchsorted(described, self.owner)
             encoded = {name: (rows[described], self.caption_rows) for name, rows in unit.items()}
             retrieval = compare_retrieval(encoded, owner, seed=loop.seed).to_dict()
@@ -320,17 +324,33 @@ class _Measured:
         return compare_zero_shot(encoders, rows, labels, templates=named_templates("simple")).figures
 
 
+def _check_student(student: Encoder) -> None:
+    for modality in ("image", "text"):
+        student.require(modality)
+    if student.source == "object_aware":
+        raise InputError(
+            f"encoder {student.spec!r} follows objects, which is no part of its weights; give the encoder inside it, "
+            "and wrap the result"
+        )
+    if student._rounded:
+        raise InputError(f"the weights of {student.spec!r} were rounded to half precision; load it as float32")
+
+
 def _accelerator(device: str | torch.device | None, recipe: Recipe) -> Accelerator:
     if find_spec("accelerate") is None:
         raise InputError("accelerate is not installed; run: pip install 'mmalign[train]'")
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # accelerate keeps its first precision and device for the life of the process; a second run has its own.
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
-    return Accelerator(cpu=resolve_device(device).type == "cpu", mixed_precision=precision)
+    return Accelerator(
+        cpu=resolve_device(device).type == "cpu",
+        mixed_precision=precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
 
 
 def _teacher(teacher: str | os.PathLike[str] | Encoder, size: int | None, device: torch.device) -> Encoder:

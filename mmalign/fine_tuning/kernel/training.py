@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ...encoders import Encoder
+from ...errors import NonFiniteLossError
 from ...kernel_alignment import (
     CosineKernel,
     GaussianKernel,
@@ -139,6 +140,11 @@ class KernelAlignmentLoop(ImageLoop):
         with self.accelerator.autocast():
             z = self.encoder.image_features(pixels)
         z = self._gathered(z.float())
+        if self.parameter is not None and not bool(self.parameter.exp().isfinite()):
+            raise NonFiniteLossError(
+                f"the kernel's parameter before step {self.step} is {float(self.parameter.exp())} "
+                f"(kernel_learning_rate {self.recipe.kernel_learning_rate:g}); lower that rate"
+            )
         if self.processes > 1:
             first = self.step * self.batch_size
             images = [self._image_of(sample) for sample in range(first, first + self.batch_size)]
