@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from .errors import InputError
 
-__all__ = ["at_least", "in_range", "one_of"]
+__all__ = ["at_least", "in_range", "one_of", "visible_text"]
 
 
 def at_least(name: str, value: SupportsIndex | None, minimum: int = 1) -> None:
@@ -52,3 +52,19 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise InputError(f"{name} is {value!r}; give one of {', '.join(known)}")
+
+
+def visible_text(name: str, value: Any) -> None:
+    """A string that says something, and that a tokenizer can read.
+
+    Raises:
+        InputError: it is no string, is blank, or has lone surrogates, as Python makes them of bytes that are no UTF-8.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{name} is {value!r}; give a string with at least one visible character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{name} is {value!r}, which is not valid Unicode; give it as UTF-8, without \\ud..."
+        ) from None

@@ -148,6 +148,11 @@ def _images(path: Path, wanted: Sequence[str], *, required: bool = True) -> list
         if image is None:
             names = f" with {' or '.join(f'`{name}`' for name in wanted)}" if required else ""
             raise InputError(f"line {number} of {str(path)!r} has no `file`{names}; mend it")
+        for text in (*image.wrong_captions, *image.wrong_words):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"line {number} of {str(path)!r} has {text!r} among its wrong captions and wrong words; give texts"
+                )
         if len(image.wrong_captions) != len(image.wrong_words) or not all(map(str.strip, image.wrong_captions)):
             raise InputError(
                 f"line {number} of {str(path)!r} has {len(image.wrong_captions)} wrong captions and "
@@ -258,8 +263,8 @@ def _image(entry: Any, wanted: Sequence[str], required: bool) -> CaptionedImage 
     return CaptionedImage(file, captions, **about, wrong_captions=wrong, wrong_words=words or [""] * len(wrong))
 
 
-def _texts(entry: Any, name: str) -> list[str]:
-    """One text or several, under a name or its plural; a blank alone is none."""
+def _texts(entry: Any, name: str) -> list[Any]:
+    """One text or several, under a name or its plural, as they stand there; a blank alone is none."""
     found = entry.get(f"{name}s", entry.get(name))
-    texts = [found] if isinstance(found, str) else found or []
-    return [] if not any(text.strip() for text in texts) else list(texts)
+    texts = found if isinstance(found, list) else [] if found is None else [found]
+    return [] if all(isinstance(text, str) and not text.strip() for text in texts) else texts

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .checks import at_least, in_range, one_of
+from .checks import at_least, in_range, one_of, visible_text
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def word_attribution(
 
     Raises:
         InputError: the encoder is of another kind (SigLIP, CoCa, sentence encoders, joined encoders), images and
-            captions are not as many, a caption is empty, or the template does not end in a space.
+            captions are not as many, a caption is blank or not valid Unicode, or the template does not end in a space.
         UnreadableImageError: an image cannot be read.
     """
     captions = [captions] if isinstance(captions, str) else list(captions)
@@ -307,8 +307,7 @@ def _check(encoder: Any, captions: Sequence[str], template: str, layers: int | N
     if template and not template[-1].isspace():
         raise InputError(f"template is {template!r}; end it in a space, as words are split there, or leave it empty")
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
-            raise InputError(f"caption is {caption!r}; give a text with at least one visible character")
+        visible_text("caption", caption)
 
 
 def _counted(encoder: Any, template: str, caption: str, tokens: int, full: bool) -> tuple[list[Word], list[int], int]:

@@ -10,9 +10,10 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mmalign.errors import InputError, MMAlignError, reason_of
 
@@ -33,8 +34,25 @@ from .upgrading import upgrade
 
 __all__ = ["INTERRUPTED", "NO_RESULT", "PARTIAL", "main"]
 
+_RESUMED = ("index", "upgrade", "align", "train", "generate")  # they keep what was done before they were stopped
+
+
+class _Commands(TyperGroup):
+    """Says after Ctrl-C what became of the work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = "; what was saved so far is kept, and the same command goes on from there"
+            say(f"stopped{kept if ctx.invoked_subcommand in _RESUMED else ''}")
+            raise
+
+
 app = typer.Typer(
     name="mmalign",
+    cls=_Commands,
     help="Search folders of images in any words; align encoders; draw images, and fine-tune generators.",
     epilog=(
         "Start with:  mmalign index photos/   then   mmalign search photos/ 'red bicycle in snow'.  "
@@ -107,10 +125,6 @@ def main() -> None:
     except MMAlignError as error:
         say(f"error: {error}")
         sys.exit(1)
-    except SystemExit as stop:  # typer turns Ctrl-C into this
-        if stop.code == INTERRUPTED:
-            say("stopped; what was saved so far is kept, and the same command goes on from there")
-        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

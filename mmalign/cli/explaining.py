@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mmalign.errors import InputError
+
 from .options import PARTIAL, Device, Quiet, refuse_inputs, say
 
 __all__ = ["eval_words", "explain"]
@@ -141,6 +143,8 @@ def eval_words(
     from mmalign.encoders import DEFAULT_SPEC, load_encoder
     from mmalign.explaining import evaluate_words
 
+    if out is not None and out.suffix.lower() != ".json":
+        raise InputError(f"--out {str(out)!r} does not end in .json; give a name that does")
     refuse_inputs("--out", out, [*data.iterdir()] if data.is_dir() else [data])
     report = evaluate_words(
         load_encoder(encoder or DEFAULT_SPEC, device=device),

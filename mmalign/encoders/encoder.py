@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checks import at_least
+from ..checks import at_least, visible_text
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError, MMAlignError
 from ..fingerprint import digest_of
@@ -192,13 +192,13 @@ class Encoder(ABC):
         """Unit rows for texts; float32.
 
         Raises:
-            InputError: this encoder takes no texts, an item is not a string or is empty, or `batch_size` is below 1.
+            InputError: this encoder takes no texts, an item is not a string, is blank or not valid Unicode, or
+                `batch_size` is below 1.
         """
         self.require("text")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"text {position} is {text!r}; give a string with at least one visible character")
+            visible_text(f"text {position}", text)
         at_least("batch_size", batch_size)
         size = batch_size or self.default_batch_size
         rows = []

@@ -60,7 +60,7 @@ def calibrate(
         progress: show a bar.
 
     Raises:
-        InputError: as `explain`, or there is no caption.
+        InputError: as `explain`, what is given are no pairs, or there is no caption.
         UnreadableImageError: an image cannot be read; of a file or folder it is left out instead.
     """
     encoder = _loaded(encoder)
@@ -69,7 +69,7 @@ def calibrate(
     if isinstance(pairs, (str, os.PathLike)):
         report = evaluate_words(encoder, pairs, flagged_share, progress=progress, **options)
         return report.calibration
-    rows = [(image, [texts] if isinstance(texts, str) else list(texts)) for image, texts in pairs]
+    rows = _image_texts(pairs)
     found = [
         one
         for image, texts in rows
@@ -88,7 +88,8 @@ class WordReport:
         marked_share: of the words of these, in [0, 1], below eps; less than was asked for where eps would be above 0.
         wrong: how many wrong captions there are; without any, nothing is measured.
         figures: by score ("cosine", "f_clip_score", at the calibrated eps, and "most_negative", F-CLIPScore of the
-            lowest word): "auroc" and "average_precision" of finding wrong captions. "chance" beside them.
+            lowest word): "auroc" and "average_precision" of finding wrong captions. "chance" beside them. eps was
+            fitted to the right ones among them, which may flatter "f_clip_score".
         word_accuracy: share of wrong captions whose lowest word is the wrong one; `None` where none is named.
         word_chance: what a word drawn at random would reach.
         named: wrong captions whose wrong word is named, and within the window.
@@ -119,6 +120,7 @@ class WordReport:
         ]
         for name, row in self.figures.items():
             lines.append(f"{name:<{width}}  {row['auroc']:>6.3f}  {row['average_precision']:>17.3f}")
+        lines.append("eps was fitted to the captions that fit here, which may flatter f_clip_score")
         if self.word_accuracy is not None:
             lines.append(
                 f"the lowest word is the wrong one in {self.word_accuracy:.3f} of {self.named:,} wrong captions "
@@ -138,6 +140,9 @@ def evaluate_words(
     progress: bool = False,
 ) -> WordReport:
     """Calibrate by the captions of data, and where these have wrong captions too, measure how well they are found.
+
+    eps is fitted to the right captions that F-CLIPScore is then measured on, which may flatter it; the cosine
+    and "most_negative" have no eps. For a figure without that, `calibrate` on other captions.
 
     Args:
         encoder: as for `explain`.
@@ -188,6 +193,23 @@ def evaluate_words(
     marked = sum(word.score < calibration.eps for one in right for word in one.words if not word.is_punctuation)
     share = marked / calibration.words
     return WordReport(calibration, share, len(wrong), figures, accuracy, chance, named, left_out)
+
+
+def _image_texts(pairs: Any) -> list[tuple[Any, list[str]]]:
+    """Images, each with its captions."""
+    wanted = "give (image, caption) or (image, captions) for each image, or a file of captioned images"
+    if not isinstance(pairs, Iterable):
+        raise InputError(f"pairs are {pairs!r}; {wanted}")
+    rows = []
+    for place, pair in enumerate(pairs):
+        try:
+            image, texts = pair
+            rows.append((image, [texts] if isinstance(texts, str) else list(texts)))
+        except (TypeError, ValueError):
+            kind = type(pair).__name__
+            about = f"({', '.join(type(part).__name__ for part in pair)})" if isinstance(pair, tuple) else kind
+            raise InputError(f"pair {place} is {about}; {wanted}") from None
+    return rows
 
 
 def _check_words(row: CaptionedImage) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from PIL import Image
 
 from ..checks import in_range, one_of
@@ -125,7 +126,8 @@ def explain(
     Args:
         image: what `mmalign.imaging.read_image` takes.
         text: not blank.
-        encoder: a CLIP whose text tower is causal (see `mmalign.word_attribution`), or its spec for `load_encoder`.
+        encoder: a CLIP whose text tower is causal (see `mmalign.word_attribution`), or its spec for `load_encoder`. In
+            float32; half precision may move scores by some percent.
         eps: words that score below are suspect; at most 0. By default that of `calibration`, or else -5e-5, which was
             measured for LAION's ViT-H/14 alone: scores are absolute numbers that differ between encoders.
         mode: "most_negative" flags the lowest word alone, as where one word is known to be wrong.
@@ -134,8 +136,8 @@ def explain(
         calibration: of `calibrate`, or the file it was saved to; in place of `eps`.
 
     Raises:
-        InputError: an encoder of another kind, a blank text, an option out of range, or a calibration of another
-            encoder, template or number of layers.
+        InputError: an encoder of another kind, a text that is blank or not valid Unicode, an option out of range, or a
+            calibration of another encoder, template or number of layers.
         UnreadableImageError: the image cannot be read.
     """
     options: dict[str, Any] = {"eps": eps, "mode": mode, "template": template, "layers": layers}
@@ -144,7 +146,7 @@ def explain(
 
 def explain_many(
     image: Any,
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     *,
     encoder: Encoder | str | os.PathLike[str],
     eps: float | None = None,
@@ -153,7 +155,7 @@ def explain_many(
     layers: int | None = LAYERS,
     calibration: WordCalibration | str | os.PathLike[str] | None = None,
 ) -> list[Explanation]:
-    """`explain` of several texts for one image, which is encoded once."""
+    """`explain` of several texts, or one, for one image, which is encoded once."""
     from ..encoders import load_encoder
 
     one_of("mode", mode, ("threshold", "most_negative"))
@@ -167,17 +169,17 @@ def explain_many(
     if calibration is not None:
         calibration.check(encoder, template, layers)
     pixels = read_image(image).pixels
-    found = word_attribution(encoder, [pixels], list(texts), template=template, layers=layers)
+    found = word_attribution(encoder, [pixels], texts, template=template, layers=layers)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((_PICTURE, _PICTURE))
     limit = eps if eps is not None else EPS if calibration is None else calibration.eps
     source: Any = "given" if eps is not None else "default" if calibration is None else "calibration"
-    return [_explanation(one, encoder.spec, limit, source, mode, calibration, picture) for one in found]
+    return [_explanation(one, encoder, limit, source, mode, calibration, picture) for one in found]
 
 
 def _explanation(
     found: WordAttribution,
-    spec: str,
+    encoder: Encoder,
     eps: float,
     eps_from: Literal["given", "calibration", "default"],
     mode: Mode,
@@ -188,7 +190,7 @@ def _explanation(
     words = tuple(ExplainedWord(word.word, word.start, word.end, word.score, word in suspects) for word in found.words)
     return Explanation(
         caption=found.caption,
-        encoder=spec,
+        encoder=encoder.spec,
         cosine=found.cosine,
         clip_score=2.5 * max(found.cosine, 0.0),
         f_clip_score=found.f_clip_score(eps, mode),
@@ -197,22 +199,25 @@ def _explanation(
         eps=eps,
         eps_from=eps_from,
         mode=mode,
-        notes=tuple(_notes(found, spec, eps, eps_from, mode, calibration)),
+        notes=tuple(_notes(found, encoder, eps, eps_from, mode, calibration)),
         picture=picture,
     )
 
 
 def _notes(
-    found: WordAttribution, spec: str, eps: float, eps_from: str, mode: Mode, calibration: WordCalibration | None
+    found: WordAttribution, encoder: Encoder, eps: float, eps_from: str, mode: Mode, calibration: WordCalibration | None
 ) -> Iterable[str]:
     end = max((word.end for word in found.words), default=0)
     if rest := found.caption[end:].split():
         yield f"the text is cut after {printable(found.caption[:end])[-20:]!r}; {len(rest):,} words more are not read"
+    if encoder.dtype != torch.float32:
+        half = str(encoder.dtype).removeprefix("torch.")
+        yield f"the encoder is in {half}, which may move scores by some percent; load it with dtype='float32'"
     if mode == "most_negative":
         return
-    if eps_from == "default" and spec != _EPS_IS_FOR:
+    if eps_from == "default" and encoder.spec != _EPS_IS_FOR:
         yield (
-            f"eps {eps:g} was measured for {_EPS_IS_FOR}, not for {spec!r}, whose scores are of another size; "
+            f"eps {eps:g} was measured for {_EPS_IS_FOR}, not for {encoder.spec!r}, whose scores are of another size; "
             "calibrate it with `mmalign eval words`"
         )
     if calibration is not None and calibration.words < _FEW:

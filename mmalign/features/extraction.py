@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..checks import at_least, one_of
+from ..checks import at_least, one_of, visible_text
 from ..encoders import Encoder, load_encoder
 from ..encoders.states import POOLINGS, Layer, check_layer, default_pooling
 from ..errors import DamagedError, InputError, LockedError, UnreadableImageError, reason_of
@@ -223,8 +223,7 @@ def _check_texts(texts: list[Any], decode: DecodeSettings, workers: int | None) 
     if decode != DEFAULT_DECODING or workers is not None:
         raise InputError("decode and workers are for images, and the data are texts; leave them out")
     for position, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"text {position} is {text!r}; give a string with at least one visible character")
+        visible_text(f"text {position}", text)
 
 
 def _describe(job: _Job, content: list[str]) -> dict[str, Any]:

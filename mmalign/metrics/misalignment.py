@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mmalign.errors import InputError
-
+from ..errors import InputError
 from ._arrays import as_numpy
 
 __all__ = ["sentence_auroc", "sentence_average_precision", "word_accuracy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,15 @@ from mmalign.fine_tuning.kernel import running
 from mmalign.fine_tuning.kernel.recipe import Recipe
 from mmalign.fine_tuning.kernel.tower import Tower
 from mmalign.fine_tuning.kernel.training import KernelAlignmentLoop
-from mmalign.kernel_alignment import PolynomialKernel, kernel_alignment_loss, kernel_matrix, teacher_kernel
+from mmalign.imaging import ImagePreprocessing
+from mmalign.kernel_alignment import (
+    PolynomialKernel,
+    fit_kernel_offset,
+    kernel_alignment_loss,
+    kernel_matrix,
+    teacher_kernel,
+)
+from mmalign.object_aware import BoxesFile, ObjectAwareEncoder
 
 SMALL: dict[str, Any] = {"batch_size": 6, "steps": 4, "learning_rate": 1e-3, "test": 0.3, "device": "cpu", "workers": 1}
 
@@ -89,7 +98,7 @@ def test_the_image_tower_learns_and_the_text_tower_stays(
 ) -> None:
     student: Encoder = request.getfixturevalue(kind)
     before = state(student)
-    report = run(student, adaptation=adaptation, rank=4)
+    report = run(student, adaptation=adaptation, rank=4 if adaptation == "lora" else None)
     assert not changed(before, state(student)), "the encoder given is not the one that is trained"
     made = load_encoder(str(report.folder), device="cpu")
     assert type(made) is type(student)
@@ -181,7 +190,9 @@ def test_the_kernel_error_falls_and_without_the_penalty_texts_are_lost(
 def test_the_report_is_what_can_be_measured_again(
     tiny_open_clip: Encoder, tiny_timm: Encoder, run: Callable[..., Any], some: Path
 ) -> None:
-    report = run(tiny_open_clip, steps=6)
+    import open_clip
+
+    report = run(tiny_open_clip, steps=6, learning_rate=3e-3)
     made = load_encoder(str(report.folder), device="cpu")
     rows = rows_of(some, report)
     files = [some / row["file"] for row in rows]
@@ -203,6 +214,22 @@ def test_the_report_is_what_can_be_measured_again(
     assert report.retrieval["figures"]["after"]["text_to_image"]["hit@1"] == pytest.approx(np.mean(hits))
     assert report.history[-1]["text_hit@1"] == pytest.approx(np.mean(hits))
     assert report.zero_shot.keys() == {"chance", "before", "after"}
+    classes = sorted({row["label"] for row in rows})
+    assert len(classes) > 2
+    for when, encoder in (("before", tiny_open_clip), ("after", made)):
+        rows_of_classes = [encoder.encode_texts([make(name) for make in open_clip.SIMPLE_IMAGENET_TEMPLATES])
+                           for name in classes]  # fmt: skip
+        means = np.stack([part.mean(axis=0) / np.linalg.norm(part.mean(axis=0)) for part in rows_of_classes])
+        guessed = (encoder.encode_images(files) @ means.T).argmax(axis=1)
+        right = [classes[guess] == row["label"] for guess, row in zip(guessed, rows, strict=True)]
+        assert report.zero_shot[when]["top1_micro"] == pytest.approx(np.mean(right))
+    shift = np.abs(
+        (made.encode_images(files) - tiny_open_clip.encode_images(files)) @ tiny_open_clip.encode_texts(texts).T
+    )
+    assert report.drift["shift_mean"] == pytest.approx(shift.mean(), abs=1e-6)
+    assert report.drift["shift_max"] == pytest.approx(shift.max(), abs=1e-6)
+    best = [(one.encode_images(files) @ one.encode_texts(texts).T).argmax(axis=1) for one in (tiny_open_clip, made)]
+    assert report.history[-1]["same_best_text"] == pytest.approx(np.mean(best[0] == best[1]))
     assert json.loads((Path(report.folder) / "kernel_alignment.json").read_text())["kernel"] == report.kernel
     table = "\n".join(report.table())
     for words in ("kernel error, all pairs", "zero-shot accuracy", "text to image", "5th percentile"):
@@ -223,6 +250,114 @@ def test_a_folder_of_images_without_captions(tiny_clip: Encoder, run: Callable[.
     assert [Path(one["name"]).name for one in report.skipped] == ["broken.png"]
     with Image.open(Path(report.folder) / "kernel_alignment.png") as image:
         assert min(image.size) > 200
+
+
+def test_what_the_result_depends_on_is_trained_anew(
+    tiny_clip: Encoder, tiny_timm: Encoder, bundled: Encoder, run: Callable[..., Any], some: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Into the same folder, where a finished run is."""
+    data = tmp_path / "data"
+    shutil.copytree(some, data)
+    steps = []
+    update = KernelAlignmentLoop._update
+    monkeypatch.setattr(KernelAlignmentLoop, "_update", lambda *rest: steps.append(1) or update(*rest))
+    given: dict[str, Any] = {"data": data, "steps": 1}
+    run(tiny_clip, **given)
+    again = run(tiny_clip, **given)
+    assert len(steps) == 1
+    assert again.folder == str(tmp_path / "out")
+    for number, changed in enumerate(
+        ({"learning_rate": 2e-3}, {"texts": ["a dog"]}, {"teacher": tiny_clip}, {"seed": 1}), 2
+    ):
+        run(tiny_clip, **{**given, **changed})
+        assert len(steps) == number, changed
+    lines = lines_of(data)
+    lines[0]["captions"] = ["another"]
+    (data / "captions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    run(tiny_clip, **given)
+    assert len(steps) == 6
+
+
+def test_held_out_images_without_captions_and_twice(
+    tiny_clip: Encoder, run: Callable[..., Any], some: Path, tmp_path: Path
+) -> None:
+    """Some have captions, one is there under two names; retrieval is among those that are described."""
+    lines = lines_of(some)
+    held = [{**line, "split": "test"} for line in lines[:6]]
+    del held[0]["captions"]
+    held[3]["captions"] = []
+    shutil.copytree(some, tmp_path / "data")
+    shutil.copy(some / held[1]["file"], tmp_path / "data" / "again.png")
+    held.append({**held[1], "file": "again.png"})
+    path = tmp_path / "data" / "captions.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in [*held, *lines[6:]]), encoding="utf-8")
+    report = run(tiny_clip, data=path, steps=1)
+    assert report.counts["test"] == 6
+    assert report.counts["captions"] == 8
+    made = load_encoder(str(report.folder), device="cpu")
+    files = [some / held[at]["file"] for at in (1, 2, 4, 5)]
+    texts = [caption for at in (1, 2, 4, 5) for caption in held[at]["captions"]]
+    found = (made.encode_images(files) @ made.encode_texts(texts).T).argmax(axis=0)
+    expected = np.mean(found == np.repeat(np.arange(4), 2))
+    assert report.retrieval["figures"]["after"]["text_to_image"]["hit@1"] == pytest.approx(expected)
+    assert report.retrieval["images"] == 4
+
+
+def test_the_offset_is_fitted_on_all_of_a_small_set(
+    tiny_clip: Encoder, tiny_timm: Encoder, run: Callable[..., Any], some: Path
+) -> None:
+    report = run(tiny_clip, steps=1)
+    held = {row["file"] for row in rows_of(some, report)}
+    files = [some / row["file"] for row in lines_of(some) if row["file"] not in held]
+    with torch.no_grad():
+        z, t = (one.image_features(torch.stack([one.load_image(file)[1] for file in files]))
+                for one in (tiny_clip, tiny_timm))  # fmt: skip
+    expected = fit_kernel_offset(z, t, teacher_kernel=teacher_kernel(t.shape[1]))
+    assert report.kernels["student"]["offset"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_lora_of_a_convolutional_tower_mixes_channels_alone(tiny_clip: Encoder) -> None:
+    import timm
+
+    from mmalign.encoders.timm import TimmEncoder
+
+    encoder = TimmEncoder(timm.create_model("test_efficientnet", num_classes=0), "test_efficientnet", "conv")
+    tower = Tower(encoder, Recipe(adaptation="lora", rank=2))
+    adapted = {name.partition(".lora_")[0] for name in tower.parameters}
+    modules = dict(encoder.model.named_modules())
+    assert adapted
+    for name in adapted:
+        base = modules[name].base_layer
+        assert (base.kernel_size, base.groups) == ((1, 1), 1)
+    tower.finish()
+    assert not any("lora" in name for name, _ in encoder.model.named_modules())
+
+
+def test_an_aligned_student_forgets_what_was_measured_of_it(
+    aligned_photos: Any, bundled: Encoder, run: Callable[..., Any], some: Path
+) -> None:
+    student: Any = load_encoder(str(aligned_photos.folder), device="cpu")
+    assert student.baselines
+    assert student.report
+    report = run(student, steps=1, batch_size=2, learning_rate=1e-4, teacher=bundled)
+    made: Any = load_encoder(str(report.folder), device="cpu")
+    assert (made.baselines, made.report) == ({}, {})
+    held = {row["file"] for row in rows_of(some, report)}
+    trained = {hashlib.sha256((some / row["file"]).read_bytes()).hexdigest() for row in lines_of(some)
+               if row["file"] not in held}  # fmt: skip
+    assert made.fitted_on == student.fitted_on | trained
+    assert len(trained) == report.counts["training"]
+
+
+def test_preprocessing_for_another_side() -> None:
+    given: dict[str, Any] = {"resize": "shortest", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for size, resize_to, side, expected in (
+        ((256, 256), (284, 284), 224, (248, 248)), ((518, 518), None, 224, None), ((336, 336), 336, 224, 224),
+        ((224, 224), (256, 300), 112, (128, 150)),
+    ):  # fmt: skip
+        found = ImagePreprocessing(size=size, resize_to=resize_to, **given).resized(side)
+        assert (found.size, found.resize_to) == ((side, side), expected)
 
 
 def test_features_are_found_again_in_a_cache_that_stays(
@@ -472,6 +607,12 @@ def test_a_run_that_diverges_stops(tiny_clip: Encoder, run: Callable[..., Any], 
     with pytest.raises(NonFiniteLossError, match=r"learning_rate 1e\+06"):
         run(tiny_clip, learning_rate=1e6, steps=30)
     assert not (tmp_path / "out").exists()
+    # The advice can be followed: nothing of that run is in the way.
+    run(tiny_clip, steps=1)
+    with pytest.raises(NonFiniteLossError, match="weights after step 0 are not finite"):
+        run(tiny_clip, "last", learning_rate=1e6, weight_decay=1e38, steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"kernel's parameter after 1 steps is (inf|0.0) .*lower that rate"):
+        run(tiny_clip, "kernel", train_kernel=True, kernel_learning_rate=1e4)
 
 
 def test_what_is_refused(
@@ -492,13 +633,22 @@ def test_what_is_refused(
     mine = tiny_clip.save(tmp_path / "mine")
     with pytest.raises(InputError, match="is the student itself"):
         run(str(mine), "mine")
+    with pytest.raises(InputError, match="follows objects, which is no part of its weights"):
+        run(ObjectAwareEncoder(tiny_clip, BoxesFile({}, "boxes.json")))
     rounded = load_encoder(str(mine), device="cpu", dtype="bfloat16")
     with pytest.raises(InputError, match="rounded to half precision"):
         run(rounded)
     for options, message in (
         ({"weight": 0}, "weight is 0"),
         ({"kernel": "cosine", "train_kernel": True}, "no parameter"),
-        ({"kernel": "gaussian", "offset": 1.0}, "offset is 1"),
+        ({"kernel": "gaussian", "offset": 1.0}, r"offset is 1\.0, which has no effect with the gaussian kernel"),
+        ({"rank": 4}, "rank is 4, which has no effect with adaptation 'full'"),
+        ({"kernel": "cosine", "degree": 2}, "degree is 2, which"),
+        ({"kernel_learning_rate": 0.1}, "a kernel that is not trained"),
+        ({"epochs": 2.0}, r"epochs is 2\.0, which has no effect with steps 4"),
+        ({"sigma": 2.0}, "sigma is 2"),
+        ({"kernel": "gaussian", "sigma": 2.0}, "give two numbers"),
+        ({"texts": "a cat"}, "one text; give a list"),
         ({"sigma": (1.0, 2.0)}, "sigma is"),
         ({"kernel": "gaussian", "sigma": (1.0,)}, "give two numbers"),
         ({"batch_size": 1}, "batch_size is 1"),

@@ -21,20 +21,20 @@ class Recipe:
     """Numbers of arXiv 2506.02557's command for ViT-L-14; see `align_to_teacher` for what each is.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: a number out of its range, or one that has no effect beside the others.
     """
 
     kernel: KernelKind = "polynomial"
-    degree: int = 3
+    degree: int | None = None
     offset: float | None = None
     sigma: tuple[float, float] | None = None
     train_kernel: bool = False
-    kernel_learning_rate: float = 1e-3
+    kernel_learning_rate: float | None = None
     weight: float = 0.5
     reg_weight: float = 1.0
     adaptation: Adaptation = "full"
-    rank: int = 16
-    epochs: float = 2.0
+    rank: int | None = None
+    epochs: float | None = None
     steps: int | None = None
     batch_size: int = 64
     learning_rate: float | None = None
@@ -68,21 +68,33 @@ class Recipe:
             raise InputError("weight is 0, which leaves nothing to learn; give a number above 0")
         if self.train_kernel and self.kernel == "cosine":
             raise InputError("train_kernel is set, and the cosine kernel has no parameter; give another kernel")
-        if self.offset is not None and self.kernel != "polynomial":
-            raise InputError(f"offset is {self.offset:g}, and the {self.kernel} kernel has none; leave it out")
-        if self.sigma is not None and self.kernel != "gaussian":
-            raise InputError(f"sigma is {self.sigma!r}, and the {self.kernel} kernel has none; leave it out")
         if self.train_kernel and self.offset == 0:
             raise InputError("offset is 0, and its logarithm is what would be trained; give a number above 0")
+        for name, effective, beside in (
+            ("offset", self.kernel == "polynomial", f"the {self.kernel} kernel"),
+            ("degree", self.kernel == "polynomial", f"the {self.kernel} kernel"),
+            ("sigma", self.kernel == "gaussian", f"the {self.kernel} kernel"),
+            ("rank", self.adaptation == "lora", "adaptation 'full'"),
+            ("kernel_learning_rate", self.train_kernel, "a kernel that is not trained"),
+            ("epochs", self.steps is None, f"steps {self.steps}"),
+        ):
+            given = getattr(self, name)
+            if given is not None and not effective:
+                raise InputError(f"{name} is {given!r}, which has no effect with {beside}; leave it out")
 
     @property
     def highest_rate(self) -> float:
         """Learning rate of the tower: the paper's 1e-5 for all weights; 1e-4 for a LoRA, which is ours."""
         return self.learning_rate or (1e-5 if self.adaptation == "full" else 1e-4)
 
+    @property
+    def kernel_rate(self) -> float:
+        """Learning rate of the kernel's parameter."""
+        return self.kernel_learning_rate or 1e-3
+
     def steps_over(self, images: int, batch_size: int) -> int:
-        """Optimiser steps of a run."""
-        return self.steps or max(1, round(self.epochs * images / batch_size))
+        """Optimiser steps of a run: as given, or two epochs."""
+        return self.steps or max(1, round((self.epochs or 2.0) * images / batch_size))
 
     def factor(self, step: int, steps: int) -> float:
         """Of the learning rate in a step, from 0: a straight rise over the warm-up, then half a cosine towards 0."""

@@ -66,16 +66,16 @@ def align_to_teacher(
     teacher_size: int | None = 224,
     teacher_view: Literal["own", "student"] = "own",
     kernel: KernelKind = "polynomial",
-    degree: int = 3,
+    degree: int | None = None,
     offset: float | None = None,
     sigma: tuple[float, float] | None = None,
     train_kernel: bool = False,
-    kernel_learning_rate: float = 1e-3,
+    kernel_learning_rate: float | None = None,
     weight: float = 0.5,
     reg_weight: float = 1.0,
     adaptation: Adaptation = "full",
-    rank: int = 16,
-    epochs: float = 2.0,
+    rank: int | None = None,
+    epochs: float | None = None,
     steps: int | None = None,
     batch_size: int = 64,
     learning_rate: float | None = None,
@@ -117,17 +117,17 @@ def align_to_teacher(
             the released code.
         kernel: of the student: "polynomial" (the teacher's is the authors': gamma 1/width, offset 1), "gaussian" or
             "cosine" (the teacher's likewise).
-        degree: of polynomial kernels.
+        degree: of polynomial kernels; 3 by default.
         offset: of the student's polynomial kernel at gamma 1, 59.88 for ViT-L-14 in the paper; fitted on 1,000 training
             images by default, see `fit_kernel_offset`.
         sigma: of Gaussian kernels, student and teacher; the median distances of 1,000 training images by default.
         train_kernel: also train the student kernel's offset or sigma (its logarithm). The paper says it does, its code
             does not.
-        kernel_learning_rate: for that.
+        kernel_learning_rate: for that; 1e-3 by default.
         weight, reg_weight: see `kernel_alignment_loss`.
         adaptation: "full", all weights of the image tower, or "lora", which is merged in the end.
-        rank: of the LoRA; alpha is the same.
-        epochs: times that every training image is seen, on average.
+        rank: of the LoRA, 16 by default; alpha is the same.
+        epochs: times that every training image is seen, on average; 2 by default.
         steps: optimiser steps, instead of `epochs`.
         batch_size: images whose kernel is compared, over all processes; all training images if they are fewer. The
             larger, the more of the pairs are unrelated and agree already: watch `nearest` in the history.
@@ -391,11 +391,12 @@ def _kernels(
     if recipe.kernel == "gaussian":
         widths = recipe.sigma or (median_distance(x), median_distance(y))
         return GaussianKernel(widths[0]), GaussianKernel(widths[1])
-    guide = teacher_kernel(t.shape[1], recipe.degree)
+    degree = recipe.degree or 3
+    guide = teacher_kernel(t.shape[1], degree)
     offset = recipe.offset
     if offset is None:
-        offset = fit_kernel_offset(x, y, teacher_kernel=guide, degree=recipe.degree)
-    return PolynomialKernel(offset, degree=recipe.degree), guide
+        offset = fit_kernel_offset(x, y, teacher_kernel=guide, degree=degree)
+    return PolynomialKernel(offset, degree=degree), guide
 
 
 def _told(kernel: Kernel) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Tower:
         ]
         if not names:
             raise InputError(f"a LoRA finds no layer in the image tower of {self.encoder.spec!r}; give adaptation full")
-        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=names)
+        rank = recipe.rank or 16
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self._lora = LoraModel(self.encoder.model, config, "default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ...encoders import Encoder
-from ...errors import NonFiniteLossError
+from ...errors import InputError, NonFiniteLossError
 from ...kernel_alignment import (
     CosineKernel,
     GaussianKernel,
@@ -113,6 +114,11 @@ class KernelAlignmentLoop(ImageLoop):
         optimizer = torch.optim.AdamW(groups, lr=recipe.highest_rate)
         processes = accelerator.num_processes
         size = min(recipe.batch_size, len(files)) // processes * processes
+        if size < 2 or size < processes:
+            raise InputError(
+                f"{processes} processes share batches of {min(recipe.batch_size, len(files))} images; give fewer "
+                "processes, or a larger batch_size"
+            )
         steps = recipe.steps_over(len(files), size)
         super().__init__(
             encoder, files, optimizer, batch_size=size, steps=steps, seed=recipe.seed,
@@ -130,6 +136,12 @@ class KernelAlignmentLoop(ImageLoop):
         kernel = self.kernels[0]
         if self.parameter is None:
             return kernel
+        value = float(self.parameter.detach().exp())
+        if not 0 < value < math.inf:
+            raise NonFiniteLossError(
+                f"the kernel's parameter after {self.step} steps is {value} (kernel_learning_rate "
+                f"{self.recipe.kernel_rate:g}); lower that rate"
+            )
         if isinstance(kernel, GaussianKernel):
             return GaussianKernel(self.parameter.exp())
         assert isinstance(kernel, PolynomialKernel)
@@ -140,11 +152,6 @@ class KernelAlignmentLoop(ImageLoop):
         with self.accelerator.autocast():
             z = self.encoder.image_features(pixels)
         z = self._gathered(z.float())
-        if self.parameter is not None and not bool(self.parameter.exp().isfinite()):
-            raise NonFiniteLossError(
-                f"the kernel's parameter before step {self.step} is {float(self.parameter.exp())} "
-                f"(kernel_learning_rate {self.recipe.kernel_learning_rate:g}); lower that rate"
-            )
         if self.processes > 1:
             first = self.step * self.batch_size
             images = [self._image_of(sample) for sample in range(first, first + self.batch_size)]
@@ -167,7 +174,7 @@ class KernelAlignmentLoop(ImageLoop):
     def learning_rates(self) -> list[float]:
         """Of tower and kernel."""
         factor = self.recipe.factor(self.step, self.steps)
-        rates = [self.recipe.highest_rate, self.recipe.kernel_learning_rate]
+        rates = [self.recipe.highest_rate, self.recipe.kernel_rate]
         return [factor * rate for rate in rates[: len(self.optimizer.param_groups)]]
 
     def ends_line(self) -> bool:
