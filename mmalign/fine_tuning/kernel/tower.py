@@ -118,7 +118,9 @@ def _checkpoint_gradients(encoder: Encoder, module: nn.Module) -> None:
     part: Any
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+            # The old name, before transformers 5.23, warns from then on.
+            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             for layer in part.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # of the layer alone: what is in it stays in evaluation mode
