@@ -65,6 +65,4 @@ def visible_text(name: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"{name} is {value!r}, which is not valid Unicode; give it as UTF-8, without \\ud..."
-        ) from None
+        raise InputError(f"{name} is {value!r}, which is not valid Unicode; give it as UTF-8") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mmalign import Encoder
+from mmalign import Encoder, load_encoder
 from mmalign.errors import InputError, UnreadableImageError
 from mmalign.explaining import (
     Explanation,
@@ -26,8 +28,10 @@ from mmalign.explaining import (
     explain,
     explain_many,
 )
+from mmalign.features import extract_features
 from mmalign.pairs import read_captioned
-from mmalign.word_attribution import EPS, word_attribution
+from mmalign.word_attribution import EPS, calibrate_eps, word_attribution
+from tests.conftest import spread_weights
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,6 +41,35 @@ CAPTION = "A family sits at a table, with a cake and a dog."
 @pytest.fixture
 def photo(photos: Path) -> Path:
     return photos / "000000000790.jpg"
+
+
+def redrawn(model: Any) -> Any:
+    """The same weights whatever was drawn before: of some, no word scores below 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim:
+            parameter.data.fill_(float(parameter.ndim == 1 and name.endswith("weight")))  # 1 in norms
+    return spread_weights(model)
+
+
+@pytest.fixture(scope="module")
+def tiny_open_clip(tiny_open_clip: Encoder) -> Encoder:
+    encoder = copy.copy(tiny_open_clip)
+    encoder.model, encoder._fingerprint = redrawn(copy.deepcopy(tiny_open_clip.model)), None
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPModel
+
+    folder = shutil.copytree(clip_folder, tmp_path_factory.mktemp("redrawn") / "clip")
+    redrawn(CLIPModel.from_pretrained(clip_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(clip_folder: Path) -> Encoder:
+    return load_encoder(f"transformers:{clip_folder}", device="cpu")
 
 
 @pytest.fixture(params=["open_clip", "transformers"])
@@ -121,6 +154,9 @@ def test_several_texts_and_one_pass_of_the_image(
     for one, other in zip(alone, together, strict=True):
         assert one.marked() == other.marked()
         np.testing.assert_allclose([w.score for w in one.words], [w.score for w in other.words], rtol=1e-3, atol=1e-8)
+    assert [one.marked() for one in explain_many(photo, CAPTION, encoder=tiny_open_clip, eps=0.0)] == [
+        alone[0].marked()
+    ]
     other_image = explain(photo.with_name("000000012280.jpg"), CAPTION, encoder=tiny_open_clip, eps=0.0)
     assert [word.score for word in other_image.words] != [word.score for word in alone[0].words]
 
@@ -163,19 +199,35 @@ def test_pictures(tiny_open_clip: Encoder, photo: Path, tmp_path: Path) -> None:
     with Image.open(path) as one, Image.open(tmp_path / "suspect.png") as other:
         dark = [np.mean(np.asarray(picture.convert("L").resize((500, 300))) < 60) for picture in (one, other)]
     assert dark[1] > dark[0] + 0.002
+    # A long word is shortened, so that the margin stays white.
+    short = explain(photo, "a dog", encoder=tiny_open_clip, eps=-1.0)
+    for flagged in (False, True):
+        words = (short.words[0], replace(short.words[1], word="dog" * 40, flagged=flagged))
+        with Image.open(replace(short, words=words).draw(tmp_path / "long.png")) as one:
+            seen = np.asarray(one.convert("L"))
+        assert (seen[:, -16:] == 255).all()
+        assert (seen[:60, seen.shape[1] // 2 :] < 60).any()
     with pytest.raises(InputError, match=r"picture '.*a.jpg' does not end in .png"):
         plain.draw(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="cannot be written"):
         plain.draw(path / "a.png")
 
 
-def test_what_to_know_before_relying_on_it(tiny_open_clip: Encoder, photo: Path) -> None:
+def test_what_to_know_before_relying_on_it(
+    tiny_open_clip: Encoder, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = explain(photo, CAPTION, encoder=tiny_open_clip)
     assert (found.eps, found.eps_from) == (EPS, "default")
     (note,) = found.notes
     assert re.match(r"eps -5e-05 was measured for open_clip:ViT-H-14/laion2b_s32b_b79k, not for 'open_clip:tiny", note)
     given = explain(photo, CAPTION, encoder=tiny_open_clip, eps=-1e-3)
     assert (given.eps, given.eps_from, given.notes) == (-1e-3, "given", ())
+    monkeypatch.setattr(tiny_open_clip, "dtype", torch.bfloat16)
+    monkeypatch.setattr(tiny_open_clip, "image_features", lambda pixels: torch.ones(len(pixels), tiny_open_clip.dim))
+    for mode in ("threshold", "most_negative"):
+        (note,) = explain(photo, CAPTION, encoder=tiny_open_clip, eps=-1e-3, mode=mode).notes
+        assert note == "the encoder is in bfloat16, which may move scores by some percent; load it with dtype='float32'"
+    monkeypatch.undo()
     long = explain(photo, "dog grass " * 60, encoder=tiny_open_clip, eps=-1e-3)
     assert len(long.words) == 72
     (note,) = long.notes
@@ -310,13 +362,15 @@ def test_how_wrong_captions_are_found(clip: Encoder, with_wrong: Path) -> None:
     lines = report.table()
     assert lines[0] == "20 captions that fit, 10 that do not"
     assert re.fullmatch(r"cosine +0\.\d{3} +0\.\d{3}", lines[2])
+    assert "eps was fitted to the captions that fit here, which may flatter f_clip_score" in lines
     assert re.match(rf"the lowest word is the wrong one in {report.word_accuracy:.3f} of 10", lines[-1])
     everything = evaluate_words(clip, with_wrong, 1.0)
     assert everything.calibration.eps <= 0
     assert report.marked_share < everything.marked_share < 1  # the highest words are above 0, or at eps itself
     bare = evaluate_words(clip, with_wrong, 0.2, template="", layers=1)
     assert (bare.calibration.template, bare.calibration.layers) == ("", 1)
-    assert bare.calibration.eps != report.calibration.eps
+    alone = [one for row in images for one in word_attribution(clip, [row.file], row.captions, template="", layers=1)]
+    assert bare.calibration.eps == pytest.approx(calibrate_eps(alone, flagged_share=0.2), rel=1e-3)
 
 
 def test_lines_with_wrong_captions(tmp_path: Path) -> None:
@@ -339,8 +393,10 @@ def test_lines_with_wrong_captions(tmp_path: Path) -> None:
         ({"wrong_captions": ["a", "b"], "wrong_words": ["a"]}, "line 1 of .* has 2 wrong captions and 1 wrong words"),
         ({"wrong_words": ["a"]}, "has 0 wrong captions and 1 wrong words"),
         ({"wrong_captions": ["a", " "]}, "none blank"),
-        ({"wrong_captions": 3}, "line 1 of .* mend it"),
-        ({"wrong_captions": [3]}, "line 1 of .* mend it"),
+        ({"wrong_captions": 3}, "line 1 of .* has 3 among its wrong captions and wrong words; give texts"),
+        ({"wrong_captions": [3]}, "line 1 of .* has 3 among"),
+        ({"wrong_captions": ["a"], "wrong_words": [5]}, "line 1 of .* has 5 among"),
+        ({"wrong_caption": "a", "wrong_word": False}, "line 1 of .* has False among"),
         ({"wrong_captions": ["\ud83d"]}, "half a character"),
     ):
         with pytest.raises(InputError, match=message):
@@ -379,6 +435,11 @@ def test_images_that_cannot_be_read(tiny_open_clip: Encoder, photo: Path, tmp_pa
     (tmp_path / "c.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     with pytest.raises(InputError, match=r"no image of .* with a caption can be read \(first: .*broken.jpg"):
         evaluate_words(tiny_open_clip, tmp_path / "c.jsonl")
+    # What is wrong with the options is said before any image is read.
+    with pytest.raises(InputError, match="end it in a space"):
+        evaluate_words(tiny_open_clip, tmp_path / "c.jsonl", template="A photo of")
+    with pytest.raises(InputError, match="layers is 0"):
+        evaluate_words(tiny_open_clip, tmp_path / "c.jsonl", layers=0)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -413,8 +474,31 @@ def test_bad_input(tiny_open_clip: Encoder, photo: Path, tmp_path: Path) -> None
         explain(tmp_path / "gone.jpg", "a dog", encoder=tiny_open_clip)
     with pytest.raises(InputError, match="no words to calibrate by"):
         calibrate(tiny_open_clip, [])
+    pairs: tuple[tuple[Any, str], ...] = (
+        (5, r"pairs are 5; give \(image, caption\) or \(image, captions\) for each image, or a file"),
+        ([photo], "pair 0 is PosixPath"),
+        ([(photo, "a dog"), (photo, None)], r"pair 1 is \(PosixPath, NoneType\); give"),
+        ([(photo, "a dog", "a cat")], r"pair 0 is \(PosixPath, str, str\); give"),
+        ([(photo, [3])], "caption is 3; give a string"),
+    )
+    for given, message in pairs:
+        with pytest.raises(InputError, match=message):
+            calibrate(tiny_open_clip, given)
     with pytest.raises(InputError, match="flagged_share is 2"):
         calibrate(tiny_open_clip, [(photo, "a dog")], 2)
+
+
+def test_texts_that_are_not_unicode(clip: Encoder, tiny_sentence: Encoder, photo: Path) -> None:
+    """Python makes such of bytes that are not UTF-8, as in a command line in Latin-1; tokenizers fail on them."""
+    text = os.fsdecode("café dog".encode("latin-1"))
+    with pytest.raises(InputError, match=r"caption is 'caf\\udce9 dog', which is not valid Unicode; give it as UTF-8"):
+        explain(photo, text, encoder=clip)
+    for encoder in (clip, tiny_sentence):
+        with pytest.raises(InputError, match=r"text 1 is 'caf\\udce9 dog', which is not valid Unicode"):
+            encoder.encode_texts(["a dog", text])
+    with pytest.raises(InputError, match=r"text 1 is .*, which is not valid Unicode"):
+        extract_features(clip, ["a dog", text], modality="text")
+    assert clip.encode_texts("café 🐕").shape == (1, clip.dim)
 
 
 def test_attention_of_transformers_is_empty_unless_asked_for_eagerly(tiny_clip: Any) -> None:
@@ -501,6 +585,7 @@ def test_command_lines_that_cannot_be_obeyed(run: Run, clip_folder: Path, photo:
     spec = ("-e", f"transformers:{clip_folder}", "--device", "cpu")
     shutil.copy(photo, "a.png")
     before = Path("a.png").read_bytes()
+    shutil.copy(with_wrong, "data.json")
     for arguments, message in (
         (("explain", "gone.jpg", "a dog", *spec), "'gone.jpg': does not exist"),
         (("explain", photo, " ", *spec), "caption is ' '"),
@@ -511,7 +596,9 @@ def test_command_lines_that_cannot_be_obeyed(run: Run, clip_folder: Path, photo:
         (("explain", photo, "a dog", *spec, "--picture", "a.bmp"), "does not end in .png"),
         (("explain", "a.png", "a dog", *spec, "--picture", "a.png"), "--picture a.png is one of the inputs"),
         (("eval", "words", "gone.jsonl", *spec), "captions 'gone.jsonl' cannot be read"),
-        (("eval", "words", with_wrong, *spec, "--out", with_wrong), "is one of the inputs, which would be lost"),
+        (("explain", photo, "caf\udce9", *spec), r"caption is 'caf\udce9', which is not valid Unicode"),
+        (("eval", "words", "data.json", *spec, "--out", "data.json"), "is one of the inputs, which would be lost"),
+        (("eval", "words", with_wrong, *spec, "--out", "a.png"), "--out 'a.png' does not end in .json; give a name"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (1, ""), arguments
@@ -521,3 +608,14 @@ def test_command_lines_that_cannot_be_obeyed(run: Run, clip_folder: Path, photo:
     assert Path("a.png").read_bytes() == before
     assert run("explain", photo)[0] == 2
     assert run("eval", "words", with_wrong, "--flagged-share", "2")[0] == 2
+
+
+def test_stopping_what_keeps_nothing(
+    run: Run, clip_folder: Path, with_wrong: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmalign.encoders.stream.encode_stream", stop)
+    code, _, err = run("eval", "words", with_wrong, "-e", f"transformers:{clip_folder}", "--device", "cpu", "--quiet")
+    assert (code, err) == (130, "stopped\n")
