@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checks import at_least
+from ..checks import at_least, visible_text
 from ..device import resolve_device, resolve_dtype
 from ..encoders.hub import quiet_libraries, unavailable
 from ..encoders.transformers import preprocessing_of
@@ -127,13 +127,12 @@ class Blip2Matcher:
         """`input_ids` and `attention_mask` on the device, padded to the longest.
 
         Raises:
-            InputError: no text, or one that is no string or is empty.
+            InputError: no text, or one that is no string, is blank or not valid Unicode.
         """
         if isinstance(texts, str) or not len(texts):
             raise InputError(f"texts must be a list of at least one string, not {texts!r}")
         for position, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"text {position} is {text!r}; give a string with at least one visible character")
+            visible_text(f"text {position}", text)
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )

@@ -136,6 +136,11 @@ def test_long_text_is_cut(matcher: Blip2Matcher) -> None:
     assert matcher.tokenize(["dog " * 100])["input_ids"].shape == (1, 32)
 
 
+def test_a_text_that_is_not_unicode(matcher: Blip2Matcher) -> None:
+    with pytest.raises(InputError, match=r"text 1 is .*, which is not valid Unicode; give it as UTF-8"):
+        matcher.tokenize(["a dog", "caf\udce9"])
+
+
 def test_what_is_no_blip2_for_retrieval_is_refused(
     clip_folder: Path, blip2_folder: Path, tmp_path: Path, matcher: Blip2Matcher
 ) -> None:
