@@ -42,7 +42,7 @@ __all__ = [
     "two_stage_scores",
 ]
 
-UNRANKED = -100.0  # the score of a pair that was not matched; below any that was
+UNRANKED = -100.0  # the score of a pair that was not matched; match logits have no bound, but none is known so low
 _NUMERICAL_RANK = 1e-10  # of the largest eigenvalue
 
 
@@ -267,6 +267,8 @@ def _check(keys: Tensor, weights: Tensor, energy: float, rank: int | None) -> No
     at_least("rank", rank)
     if keys.ndim < 3 or weights.shape[:-2] != keys.shape[:-3] or weights.shape[-1] != keys.shape[-2]:
         raise InputError(f"token weights {tuple(weights.shape)} do not fit keys {tuple(keys.shape)}, tokens last but 1")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise InputError("token weights must be finite, 0 or more; give covered fractions, as token_weights does")
 
 
 def _projectors(keys: Tensor, weights: Tensor, energy: float, rank: int | None) -> ObjectProjector:

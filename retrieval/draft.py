@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
+from mmalign.encoders import Encoder
 from mmalign.errors import InputError
 from mmalign.imaging import DEFAULT_DECODING, DecodeSettings
 
 from .items import NO_HASH, SCHEMA, ItemColumns, Items, read_arrow, write_arrow
 from .metadata import concat_metadata, number_rows
 from .part import Part
+from .recorded_encoder import with_objects_of
 from .roots import resolve_roots, store_roots
 from .skipped import read_skipped, write_skipped
 from .storage import Manifest, Writer
@@ -132,6 +134,15 @@ class Draft:
     def roots(self) -> list[Path]:
         """The indexed folders, where they are now."""
         return resolve_roots(self.manifest["roots"], self.folder)
+
+    def take_objects_of(self, encoder: Encoder) -> None:
+        """Record the objects that an encoder has for its images; see `retrieval.recorded_encoder.with_objects_of`."""
+        if about := with_objects_of(self.manifest["encoder"], encoder):
+            self.manifest["encoder"] = about
+            self._changed = True
+        if self.upgrade is not None and (about := with_objects_of(self.upgrade.about["encoder"], encoder)):
+            self.upgrade.about["encoder"] = about
+            self.upgrade.changed = True
 
     def add_root(self, root: Path) -> None:
         """Take in a further folder."""

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from mmalign.checks import at_least, in_range
 from mmalign.progress import progress_bar
 
-from .items import NO_HASH, Item
+from .items import Item
 from .snapshot import Snapshot
 
 __all__ = ["find_duplicates", "links_of", "spare_files"]
@@ -65,14 +65,14 @@ def spare_files(group: Sequence[Item]) -> list[Item]:
     A link to a file is that file, and no copy of it. What changed or vanished since it was indexed is left out too, and
     all are if that happened to the first.
     """
-    if not _is_as_indexed(group[0]):
+    if not group[0].as_indexed:
         return []
     found = zip(group[1:], links_of(group)[1:], strict=True)
-    return [item for item, same in found if same is None and _is_as_indexed(item)]
+    return [item for item, same in found if same is None and item.as_indexed]
 
 
 def _last_to_keep(item: Item) -> tuple[bool, bool]:
-    return not _is_as_indexed(item), _is_link(item.path)
+    return not item.as_indexed, _is_link(item.path)
 
 
 def _identity(path: Path) -> Hashable:
@@ -87,14 +87,6 @@ def _identity(path: Path) -> Hashable:
 def _is_link(path: Path) -> bool:
     """Whether the file, or a folder on the way to it, is a symbolic link."""
     return os.path.realpath(path) != os.path.abspath(path)
-
-
-def _is_as_indexed(item: Item) -> bool:
-    try:
-        about = item.path.stat()
-    except OSError:
-        return False
-    return item.sha256 == NO_HASH.hex() or (about.st_size, about.st_mtime_ns) == (item.size, item.mtime_ns)
 
 
 def _components(snapshot: Snapshot, near: float, neighbours: int, progress: bool) -> np.ndarray:

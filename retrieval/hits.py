@@ -28,7 +28,7 @@ class Hit:
         by_new: found by the vector of a new encoder, while the index's encoder is being replaced. Scores of such hits
             and of the others are no common scale then; matches are, and hits are in their right order.
         rerank_score: of the re-ranker, by which hits are in order then; `None` where none was asked, or where the
-            image could not be read again.
+            image is gone, changed or unreadable.
     """
 
     rank: int

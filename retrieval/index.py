@@ -27,7 +27,7 @@ from .items import Item, Items, display_path, iterate
 from .options import FaissOptions, UpdateOptions, checked_options
 from .query import Query, Term, as_terms, as_vector, embed_query, kind_of
 from .query_rows import QueryRows
-from .recorded_encoder import check_encoder, given_encoder, load_recorded, recorded_dtype
+from .recorded_encoder import check_boxes, check_encoder, given_encoder, load_recorded, recorded_dtype
 from .report import UpdateReport
 from .reranked import reranked, words_of
 from .snapshot import Snapshot
@@ -63,6 +63,7 @@ class ImageIndex:
         self.snapshot = Snapshot(self.store)
         self._device = device
         self._encoders: dict[str | None, Encoder] = {}  # by fingerprint; an index that is upgraded has two
+        self._loaded_by: dict[str | None, str] = {}  # specs, which other writers may change to ones of other boxes
         self._given: Encoder | None = None
         about = self.manifest["encoder"]
         recorded = recorded_dtype(about, dtype, self.folder)
@@ -121,7 +122,8 @@ class ImageIndex:
         Args:
             folder: images, at any depth.
             out: where the index goes; `FOLDER/.mmalign` by default.
-            encoder: spec, folder or encoder; `mmalign.encoders.DEFAULT_SPEC` for a new index, else its own.
+            encoder: spec, folder or encoder; `mmalign.encoders.DEFAULT_SPEC` for a new index, else its own. Of one that
+                differs in its file of boxes alone the spec is recorded; images that are known keep their vectors.
             device: where to run the encoder.
             dtype: weights of the image tower; "auto" measures whether bfloat16 is faster. Recorded: later updates use
                 the same.
@@ -132,8 +134,8 @@ class ImageIndex:
 
         Raises:
             InputError: the folder is missing, empty, or none of its images can be read; an option that does not exist
-                or is out of range; `device` or `dtype` beside an encoder that is loaded already, or another `dtype`
-                than the existing index was made with.
+                or is out of range; a file of boxes that cannot be read; `device` or `dtype` beside an encoder that is
+                loaded already, or another `dtype` than the existing index was made with.
             EncoderUnavailableError: the encoder's weights are not to be had.
             EncoderMismatchError: the index exists and was made with another encoder.
             IndexLockedError: another process is writing to it.
@@ -146,6 +148,7 @@ class ImageIndex:
         store = Store(Path(out) if out is not None else root / DEFAULT_FOLDER)
         if dtype != "auto":
             resolve_dtype(dtype)
+        check_boxes(encoder)
         if store.exists():
             index = cls(store.folder, encoder=encoder, device=device, dtype=dtype)
             return index, index.update(root, **wanted)
@@ -270,6 +273,11 @@ class ImageIndex:
         return self._encoder_of(self.manifest["encoder"])
 
     @property
+    def loaded_encoder(self) -> Encoder | None:
+        """`encoder` where it was given or needed before; `None` where it would have to be loaded."""
+        return self._encoders.get(self.manifest["encoder"]["fingerprint"])
+
+    @property
     def new_encoder(self) -> Encoder | None:
         """What is replacing `encoder` (`retrieval.IndexUpgrade`); `None` where nothing is.
 
@@ -282,11 +290,11 @@ class ImageIndex:
     def _encoder_of(self, about: dict[str, Any]) -> Encoder:
         """What an entry of the manifest stands for, loaded when first needed."""
         encoder = self._encoders.get(about["fingerprint"])
-        if encoder is None:
+        if encoder is None or self._loaded_by.get(about["fingerprint"], about["spec"]) != about["spec"]:
             if self._given is not None and not (self.manifest.get("upgrade") or self.manifest.get("upgraded")):
                 check_encoder(about, self._given, self.folder)  # it is another index by now, and was never upgraded
             encoder = load_recorded(about, self._device)
-            self._encoders[about["fingerprint"]] = encoder
+            self._encoders[about["fingerprint"]], self._loaded_by[about["fingerprint"]] = encoder, about["spec"]
         check_encoder(about, encoder, self.folder)
         return encoder
 
@@ -359,7 +367,8 @@ class ImageIndex:
             exact: scan all vectors instead of asking FAISS.
             kind: what a vector stands for when matches are reckoned, "image" by default; only for vectors.
             rerank: puts the best hits for one text in its own order (`Hit.rerank_score`), reading their files again;
-                see `mmalign.object_aware.reranking`. Hits whose file cannot be read come last, without such a score.
+                see `mmalign.object_aware.reranking`. Hits whose file is gone, changed or unreadable come last, without
+                such a score.
             rerank_depth: so many hits are read again, but never fewer than k; 64 in the paper for Flickr30k.
             progress: show a bar while they are.
 
@@ -390,7 +399,8 @@ class ImageIndex:
         hits = snapshot.search(rows, depth, where=where, min_match=min_match, min_score=min_score, exact=exact)
         if rerank is None:
             return hits
-        return reranked(hits, rerank, text, decode=snapshot.decode, progress=progress)[:k]
+        found = reranked(hits, rerank, text, items=snapshot.items, decode=snapshot.decode, progress=progress)
+        return found[:k]
 
     def _embedded(self, snapshot: Snapshot, terms: Sequence[Term]) -> QueryRows:
         """A query by the encoders that are needed."""
@@ -491,7 +501,8 @@ class ImageIndex:
         Raises:
             InputError, EncoderMismatchError, IndexLockedError: as for `build`.
         """
-        report = writing.update_index(self.store, self._encoder_of, folder, checked_options(options))
+        wanted = checked_options(options)
+        report = writing.update_index(self.store, self._encoder_of, folder, wanted, given=self._given)
         self.refresh()
         return report
 

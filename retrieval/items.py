@@ -84,6 +84,15 @@ class Item:
         """Whether the file is there now; `None` for a relative name of which nobody said where it is."""
         return self.path.exists() if self.path.is_absolute() else None
 
+    @property
+    def as_indexed(self) -> bool:
+        """Whether the file is there, with the size and time it was indexed with; just there, if it never was read."""
+        try:
+            about = self.path.stat()
+        except OSError:
+            return False
+        return self.sha256 == NO_HASH.hex() or (about.st_size, about.st_mtime_ns) == (self.size, self.mtime_ns)
+
 
 def display_path(raw: bytes) -> str:
     """A path as printable text: bytes that are no UTF-8 come out as `\\udcXX`, control characters as escapes."""

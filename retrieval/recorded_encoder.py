@@ -13,6 +13,7 @@ from mmalign.encoders import Encoder, load_encoder
 from mmalign.errors import EncoderMismatchError, InputError
 
 __all__ = [
+    "check_boxes",
     "check_encoder",
     "check_same_encoder",
     "describe_encoder",
@@ -20,7 +21,10 @@ __all__ = [
     "given_encoder",
     "load_recorded",
     "recorded_dtype",
+    "with_objects_of",
 ]
+
+_OBJECTS = "objects:"
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
@@ -47,9 +51,11 @@ def given_encoder(
     """What a caller named, loaded if it is not an encoder yet.
 
     Raises:
-        InputError: `device` or `dtype` beside an encoder that is loaded already.
+        InputError: `device` or `dtype` beside an encoder that is loaded already; or its spec names a file of boxes
+            that is not there.
     """
     if not isinstance(encoder, Encoder):
+        check_boxes(encoder)
         return load_encoder(encoder, device=device, dtype=dtype)
     if device is not None or dtype != "auto":
         raise InputError(
@@ -57,6 +63,41 @@ def given_encoder(
             "call encoder.to(device, dtype), or give the spec instead of the encoder"
         )
     return encoder
+
+
+def check_boxes(encoder: str | os.PathLike[str] | Encoder | None) -> None:
+    """Whether the file of boxes that a spec names is there, which its encoder asks when it sees the first image.
+
+    Raises:
+        InputError: it is not.
+    """
+    spec = os.fspath(encoder) if isinstance(encoder, (str, os.PathLike)) else ""
+    objects, _, inner = spec.removeprefix(_OBJECTS).partition("|")
+    if spec.startswith(_OBJECTS) and objects and inner:
+        from mmalign.object_aware.specs import ObjectsSpec
+
+        ObjectsSpec.parse(objects).require_file()
+
+
+def with_objects_of(about: dict[str, Any], encoder: Encoder) -> dict[str, Any] | None:
+    """An entry with the spec of an encoder in place of its own; `None` where there is no reason to.
+
+    There is one where they differ in a file of boxes alone: it is no part of a fingerprint, and the one that was given
+    last names the images that were added last.
+
+    Raises:
+        InputError: that file cannot be read.
+    """
+    if not encoder.spec.startswith(_OBJECTS) or encoder.spec == about["spec"]:
+        return None
+    if encoder.fingerprint != about["fingerprint"]:
+        return None
+    from mmalign.object_aware.boxes import BoxesFile
+
+    detector = getattr(encoder, "detector", None)
+    if isinstance(detector, BoxesFile):
+        len(detector)  # which reads it
+    return {**about, "spec": encoder.spec}
 
 
 def load_recorded(about: dict[str, Any], device: str | torch.device | None) -> Encoder:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.errors import InputError
-from mmalign.imaging import DecodeSettings
+from mmalign.errors import InputError, UnreadableImageError
+from mmalign.imaging import DecodeSettings, read_file
 
 from .hits import Hit
+from .items import Item, Items
 from .query import Term
 
 if TYPE_CHECKING:
@@ -45,17 +46,25 @@ def words_of(terms: Sequence[Term] | None) -> str:
 
 
 def reranked(
-    hits: Sequence[Hit], reranker: Reranker, text: str, *, decode: DecodeSettings, progress: bool = False
+    hits: Sequence[Hit], reranker: Reranker, text: str, *, items: Items, decode: DecodeSettings, progress: bool = False
 ) -> list[Hit]:
     """The hits by descending score of a re-ranker; ties stay in their order.
 
-    Those whose file is gone or cannot be read come last, as they were among themselves, with no `rerank_score`. Where
-    a file is gone and another of equal content is there, that one is read.
+    Those whose file is gone, is not what was indexed any more, or cannot be read come last, as they were among
+    themselves, with no `rerank_score`. Where another file of the hit is as it was indexed, that one is read.
+
+    Args:
+        hits: of the first stage.
+        reranker: reads their files.
+        text: what it compares them with.
+        items: that the hits are of.
+        decode: how files become pixels.
+        progress: show a bar.
     """
     places: list[int] = []
     files: list[Path] = []
     for place, hit in enumerate(hits):
-        file = _file_of(hit)
+        file = _file_of(hit, items)
         if file is not None:
             places.append(place)
             files.append(file)
@@ -69,6 +78,21 @@ def reranked(
     return [replace(hit, rank=rank) for rank, hit in enumerate(scored, 1)]
 
 
-def _file_of(hit: Hit) -> Path | None:
-    """Relative names are of files of which nobody said where they are."""
-    return next((path for path in (hit.path, *hit.aliases) if path.is_absolute() and path.exists()), None)
+def _file_of(hit: Hit, items: Items) -> Path | None:
+    """The first file of a hit that is as it was indexed.
+
+    Relative names are of files of which nobody said where they are. A file of another time, as a folder that was copied
+    has, may hold what it held: of such the content is compared.
+    """
+    paths = {hit.path, *hit.aliases}  # not all of the row's, where a filter held
+    found = [item for item in map(items.item, items.positions_of_row(hit.item.row)) if item.path in paths]
+    return next((item.path for item in found if item.path.is_absolute() and _holds_what_it_held(item)), None)
+
+
+def _holds_what_it_held(item: Item) -> bool:
+    if item.as_indexed:
+        return True
+    try:
+        return item.path.stat().st_size == item.size and read_file(item.path).sha256 == item.sha256
+    except (OSError, UnreadableImageError):
+        return False

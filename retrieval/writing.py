@@ -75,11 +75,21 @@ def index_vectors(
 
 
 def update_index(
-    store: Store, encoder_of: EncoderOf, folder: str | os.PathLike[str] | None, options: UpdateOptions
+    store: Store,
+    encoder_of: EncoderOf,
+    folder: str | os.PathLike[str] | None,
+    options: UpdateOptions,
+    *,
+    given: Encoder | None = None,
 ) -> UpdateReport:
-    """Bring an index in line with its folders, or with one; see `ImageIndex.update`."""
+    """Bring an index in line with its folders, or with one; see `ImageIndex.update`.
+
+    Where an encoder is `given`, objects are those of its boxes from now on.
+    """
     seconds = options.get("checkpoint_seconds", CHECKPOINT_SECONDS)
     with _changing(store, faiss_options(options), checkpoint_seconds=seconds) as draft:
+        if given is not None:
+            draft.take_objects_of(given)
         roots = draft.roots()
         if folder is None:
             if not roots:

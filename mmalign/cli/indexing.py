@@ -105,8 +105,12 @@ def index_build(
 
     store = Store(folder / DEFAULT_FOLDER if out is None else out)
     is_new = not store.exists()
+    known: set[bytes] = set()
     if objects is not None:
         encoder = _with_objects(objects, encoder, None if is_new else store.read_manifest()["encoder"]["spec"])
+    with_objects = encoder is not None and encoder.startswith("objects:")
+    if with_objects and not is_new:
+        known = _contents(ImageIndex.open(store.folder))
     options: dict[str, Any] = {
         "fast_decode": fast_decode,
         "tolerate_truncation": tolerate_truncation,
@@ -135,6 +139,7 @@ def index_build(
         print(json.dumps({"index": os.fspath(index.folder), "images": len(index), **report.to_dict()}))
     else:
         _print_report(index, report, is_new)
+    _say_what_boxes_miss(index, known, given=with_objects)
     if report.newly_skipped or report.withheld_removals:
         raise typer.Exit(PARTIAL)
 
@@ -147,6 +152,33 @@ def _with_objects(objects: str, encoder: str | None, recorded: str | None) -> st
     if encoder is None and recorded is not None:
         encoder = recorded.partition("|")[2] if recorded.startswith("objects:") else recorded
     return f"objects:{ObjectsSpec.parse(objects)}|{encoder or DEFAULT_SPEC}"
+
+
+def _contents(index: ImageIndex) -> set[bytes]:
+    """SHA-256 of the images."""
+    return set(index.items.table.column("sha256").to_pylist())
+
+
+def _say_what_boxes_miss(index: ImageIndex, known: set[bytes], *, given: bool) -> None:
+    """Names without an image, and how many are of images `known` before; where boxes were read, or given."""
+    spec, encoder = index.manifest["encoder"]["spec"], index.loaded_encoder
+    if spec is None or not spec.startswith("objects:") or (encoder is None and not given):
+        return
+    from mmalign.object_aware.boxes import BoxesFile
+    from mmalign.object_aware.specs import ObjectsSpec
+
+    objects = ObjectsSpec.parse(spec.removeprefix("objects:").partition("|")[0])
+    boxes = getattr(encoder, "detector", None) or (objects.load() if objects.of_file else None)
+    if not isinstance(boxes, BoxesFile):
+        return
+    if missing := boxes.note_of_missing():
+        say(f"  note: {missing}")
+    old = sum(content.hex() in boxes for content in known & _contents(index)) if known else 0
+    if old:
+        say(
+            f"  note: {old:,} of the images that {boxes.spec!r} names were indexed before and keep the vectors of "
+            "their old boxes; to use new boxes for images that are indexed already, index them anew into another --out"
+        )
 
 
 def _print_report(index: ImageIndex, report: UpdateReport, is_new: bool) -> None:

@@ -36,6 +36,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from mmalign.object_aware.reranking import Reranker
     from retrieval import Hit, ImageIndex, Item
     from retrieval.query import Term
 
@@ -105,9 +106,21 @@ def search(
             options["rerank_depth"] = rerank_depth
     hits = index.search(query, count, where=where, min_match=min_match, min_score=min_score, exact=exact, **options)
     if rerank is not None and (unread := sum(hit.rerank_score is None for hit in hits)):
-        say(f"note: {unread:,} of these {len(hits):,} could not be read again and come last")
+        say(
+            f"note: {unread:,} of these {len(hits):,} could not be read again and come last; their files are gone, "
+            "changed or damaged"
+        )
+    if rerank is not None and objects is not None:
+        _say_missing(options["rerank"])
     title = " + ".join(words) + "".join(f" - {word}" for word in minus or [])
     _print_hits(title, hits, paths, null, as_json, grid)
+
+
+def _say_missing(reranker: Reranker) -> None:
+    from mmalign.object_aware.boxes import BoxesFile
+
+    if isinstance(reranker.detector, BoxesFile) and (missing := reranker.detector.note_of_missing()):
+        say(f"note: {missing}")
 
 
 def _term(text: str, sign: float, index: ImageIndex) -> Term:

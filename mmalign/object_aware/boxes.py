@@ -110,16 +110,49 @@ class BoxesFile(Detector):
     An image that the file does not name has no boxes, and is treated as by the plain model.
 
     Attributes:
-        missing: names of images that were not there when the file was read.
+        images: folder that its names are relative to, where that is not the folder of the file.
     """
 
-    def __init__(self, boxes: Mapping[str, Detections], spec: str, missing: tuple[str, ...] = ()) -> None:
-        """Takes boxes by hexadecimal SHA-256 of the image's file."""
-        self.spec, self.missing = spec, missing
+    def __init__(
+        self,
+        boxes: Mapping[str, Detections],
+        spec: str,
+        missing: tuple[str, ...] = (),
+        *,
+        images: str | None = None,
+        named: int | None = None,
+    ) -> None:
+        """Takes boxes by hexadecimal SHA-256 of the image's file; how many names they had, their number by default."""
+        self.spec, self.images = spec, images
+        self._missing = missing
+        self._named = len(boxes) + len(missing) if named is None else named
         self._boxes = dict(boxes)
 
     def __len__(self) -> int:
         return len(self._boxes)
+
+    def __contains__(self, sha256: str) -> bool:
+        """Whether the image of that content is named, with boxes or without."""
+        return sha256 in self._boxes
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of images that were not there when the file was read."""
+        return self._missing
+
+    @property
+    def named(self) -> int:
+        """How many names of images there are in all."""
+        return self._named
+
+    def note_of_missing(self) -> str | None:
+        """One line on names of which no image was there, as mistyped ones are; `None` where all were."""
+        if not self.missing:
+            return None
+        return (
+            f"{len(self.missing):,} of {self.named:,} images that {self.spec!r} names are not there "
+            f"(first: {self.missing[0]!r})"
+        )
 
     @property
     def digest(self) -> str:
@@ -223,7 +256,13 @@ def read_boxes(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
             f"none of the {len(named):,} images that {str(path)!r} names are in {str(root)!r} (first: {missing[0]!r}); "
             "give the folder of the images"
         )
-    return BoxesFile({key: _together(parts) for key, parts in by_content.items()}, os.fspath(path), tuple(missing))
+    return BoxesFile(
+        {key: _together(parts) for key, parts in by_content.items()},
+        os.fspath(path),
+        tuple(missing),
+        images=None if images is None else os.path.abspath(images),
+        named=len(named),
+    )
 
 
 def _rows(boxes: Any, where: str) -> Float[np.ndarray, "n 4"]:
@@ -361,6 +400,7 @@ def _corners(boxes: Any, where: str) -> Float[np.ndarray, "n 4"]:
 def _coco(whole: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, Detections]]:
     """Images of COCO's JSON, those without annotations too."""
     try:
+        numbers = Counter(image["id"] for image in whole["images"])
         names = {image["id"]: image["file_name"] for image in whole["images"]}
         categories = {one["id"]: str(one["name"]) for one in whole.get("categories", [])}
         by_image: dict[Any, list[dict[str, Any]]] = {number: [] for number in names}
@@ -379,6 +419,8 @@ def _coco(whole: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, Dete
         raise InputError(
             f"{str(path)!r} is not COCO's JSON, though it has `images` and `annotations`; mend it"
         ) from None
+    if again := [number for number, count in numbers.items() if count > 1]:
+        raise InputError(f"{str(path)!r} has two images of the id {again[0]!r}; give each its own")
     if wrong := [name for name in names.values() if not isinstance(name, str)]:
         raise InputError(f"{str(path)!r} has the file name {wrong[0]!r}; give a text")
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +80,6 @@ class ObjectAwareEncoder(Encoder):
         super().__init__(encoder.model, spec=spec, dim=encoder.dim, preprocessing=encoder.preprocessing)
         self.encoder, self.detector, self.settings = encoder, detector, settings
         self.device, self.dtype, self._rounded = encoder.device, encoder.dtype, encoder._rounded
-        self._one_pass = threading.Lock()  # the model is changed while it runs
 
     @classmethod
     def from_spec(cls, rest: str) -> Self:
@@ -135,7 +133,7 @@ class ObjectAwareEncoder(Encoder):
     def _features(self, pixels: Tensor, weights: Tensor | None) -> Tensor:
         if weights is None:
             return self.encoder.image_features(pixels)
-        with self._one_pass, perturbed(self.encoder, weights, self.settings):
+        with perturbed(self.encoder, weights, self.settings):
             return self.encoder.image_features(pixels)
 
     @torch.inference_mode()
@@ -154,7 +152,7 @@ class ObjectAwareEncoder(Encoder):
         pixels, weights = self._apart(pixel_values)
         if weights is None:
             return self.encoder.tap_images(pixels, layers, features=features)
-        with self._one_pass, perturbed(self.encoder, weights, self.settings):
+        with perturbed(self.encoder, weights, self.settings):
             return self.encoder.tap_images(pixels, layers, features=features)
 
     # -- what is the encoder's own ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ whose objects are all small, of which there were few. CLIP, SigLIP and timm mode
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,12 +40,15 @@ __all__ = [
 ]
 
 
+_STRONGEST = 1e6
+
+
 @dataclass(frozen=True)
 class PerturbationSettings:
     """How queries are perturbed.
 
     Attributes:
-        alpha: strength, 0 or more; 0 changes nothing.
+        alpha: strength, from 0, which changes nothing, to 1e6, beyond which float32 fails.
         energy: eta, in (0, 1), which sets the rank of an object's key subspace; see `object_projector`.
         rank: a fixed one instead.
         keep_norm: turn queries without making them longer, which alone sharpens attention.
@@ -61,16 +65,12 @@ class PerturbationSettings:
     max_objects: int = 5
 
     def __post_init__(self) -> None:
-        in_range("alpha", self.alpha, 0)
+        in_range("alpha", self.alpha, 0, _STRONGEST)
         in_range("energy", self.energy, 0, 1)
         if self.energy in (0, 1):
             raise InputError(f"energy is {self.energy!r}; give a number between 0 and 1, without either")
         at_least("rank", self.rank)
         at_least("max_objects", self.max_objects)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return asdict(self)
 
 
 DEFAULTS = PerturbationSettings()
@@ -108,7 +108,8 @@ def perturb_queries(
         settings: fields of `PerturbationSettings`.
 
     Raises:
-        InputError: not as many sizes as images, boxes that are none, an unknown setting, or another kind of model.
+        InputError: not as many sizes as images, sizes or boxes that are none, an unknown setting, or another kind of
+            model.
     """
     known = _settings(settings)
     if len(boxes) != len(image_sizes):
@@ -116,7 +117,8 @@ def perturb_queries(
     if strengths is not None and [len(row) for row in strengths] != [len(rows) for rows in boxes]:
         raise InputError("strengths must have a number for each box of each image")
     grid, rows, alphas = grid_of(encoder), [], []
-    for place, (given, (width, height)) in enumerate(zip(boxes, image_sizes, strict=True)):
+    for place, (given, size) in enumerate(zip(boxes, image_sizes, strict=True)):
+        width, height = _checked_size(size, place)
         chosen = checked_boxes(given, (width, height), f"image {place}")
         if strengths is None:
             scores = np.ones(len(chosen), np.float32)
@@ -148,14 +150,15 @@ def perturbed(
     """Within the block the encoder's images are those of one batch, and their pooled queries attend to its objects.
 
     Any number of passes over exactly that batch. Gradients flow as without, the projectors being constants. The model
-    is as it was after the block, also where it fails. One thread at a time.
+    is as it was after the block, also where it fails. Only passes of the thread that entered the block are perturbed:
+    others may use the model meanwhile, perturbed by blocks of their own or not at all.
 
     Args:
         encoder: as `grid_of` takes it. Of BLIP-2 all queries of all cross-attention layers are perturbed, also where
             they read texts, every image then standing several times in a row.
         weights: see `token_weights`; rows of zeros are no objects. All of them count, whatever `max_objects`.
         settings: see the class.
-        strengths: alpha of each object instead of the settings' one; finite.
+        strengths: alpha of each object instead of the settings' one, in [-1e6, 1e6].
 
     Raises:
         InputError: weights or strengths that do not fit; another kind of model; or, in a pass, another batch.
@@ -221,8 +224,10 @@ def _attached(
     if not bool(((weights >= 0) & (weights <= 1 + 1e-4)).all()):
         raise InputError("token weights must be covered fractions in [0, 1]")
     alphas = torch.full(weights.shape[:2], float(settings.alpha)) if strengths is None else strengths.detach().float()
-    if alphas.shape != weights.shape[:2] or not bool(torch.isfinite(alphas).all()):
-        raise InputError(f"strengths must be finite and {tuple(weights.shape[:2])}, one an object")
+    if alphas.shape != weights.shape[:2] or not bool((alphas.abs() <= _STRONGEST).all()):
+        raise InputError(
+            f"strengths must be finite, at most {_STRONGEST:g}, and {tuple(weights.shape[:2])}, one an object"
+        )
     objects = Objects(
         weights,
         alphas.to(weights.device),
@@ -236,6 +241,17 @@ def _attached(
             for handle in site.attach(objects):
                 handles.callback(handle.remove)
         yield objects
+
+
+def _checked_size(size: Any, place: int) -> tuple[int, int]:
+    try:
+        width, height = size
+        fits = 0 < width < math.inf and 0 < height < math.inf
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(f"image {place} has the size {size!r}; give (width, height) in pixels, both above 0")
+    return width, height
 
 
 def _settings(given: dict[str, Any]) -> PerturbationSettings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,7 +35,13 @@ Paths = Sequence[str | os.PathLike[str]]
 
 
 class Reranker(ABC):
-    """Scores images for one text, a few dozen of them, at more cost than comparing vectors of an index."""
+    """Scores images for one text, a few dozen of them, at more cost than comparing vectors of an index.
+
+    Attributes:
+        detector: of the objects that scores attend to; `None` for none.
+    """
+
+    detector: Detector | None = None
 
     @abstractmethod
     def score(
@@ -85,6 +90,7 @@ class CosineReranker(Reranker):
         encoder.require("text")
         _check(detector, settings)
         self.encoder = encoder if detector is None else ObjectAwareEncoder(encoder, detector, settings)
+        self.detector = detector
         self.batch_size = batch_size
 
     def score(
@@ -146,7 +152,6 @@ class MatchReranker(Reranker):
         self.matcher, self.detector, self.batch_size = matcher, detector, batch_size
         self.settings = PerturbationSettings() if settings is None else settings
         self.loader = None if detector is None else ObjectLoader(matcher, detector, self.settings.max_objects)
-        self._one_pass = threading.Lock()  # the model is changed while it runs
 
     def score(
         self, text: str, images: Paths, *, decode: DecodeSettings = DEFAULT_DECODING, progress: bool = False
@@ -184,7 +189,7 @@ class MatchReranker(Reranker):
         states = matcher.image_states(torch.stack([pixels for pixels, _ in batch]))
         weights = [weights for _, weights in batch if weights is not None]
         context = perturbed(matcher, torch.stack(weights), self.settings) if weights else contextlib.nullcontext()
-        with self._one_pass, context:
+        with context:
             queries = matcher.image_queries(states)
             return contrastive_scores(queries, matcher.text_vectors([text])), matcher.match_logits(states, [text])
 
@@ -217,6 +222,8 @@ def load_reranker(
         EncoderUnavailableError, ModelUnavailableError: weights are neither cached nor to be fetched.
     """
     name = os.fspath(spec)
+    if not name:
+        raise InputError("rerank names no model; give blip2:ORG/REPO, the folder of a BLIP-2, or an encoder")
     about = None if objects is None else ObjectsSpec.parse(objects)
     model = (
         Blip2Matcher.from_spec(name, device=device, dtype=dtype)

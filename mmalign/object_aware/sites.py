@@ -10,6 +10,7 @@ timm's transformers are extensions of ours, experimental.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ SUPPORTED = (
 
 
 class Objects:
-    """The objects of a batch, for all sites of one pass.
+    """The objects of a batch, for all sites of one pass, in the thread that this was made in.
+
+    Other threads may run the same model meanwhile: hooks leave their passes alone. One that began before hooks were
+    removed calls them still, and by then perhaps without the named arguments they were to be given.
 
     Attributes:
         batch: images.
@@ -59,9 +63,15 @@ class Objects:
         acting = present if masses is not None else present & (strengths != 0)
         self.rows = acting.any(dim=-1).nonzero().squeeze(1)
         self.plain, self.masses = plain, masses
+        self._thread = threading.get_ident()
         self._weights, self._strengths = weights[self.rows], strengths[self.rows]
         self._rule: dict[str, Any] = {"energy": energy, "rank": rank}
         self._keep_norm = keep_norm
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the pass that asks is one of another thread."""
+        return threading.get_ident() != self._thread
 
     def images_of(self, states: Float[Tensor, "images tokens width"], *, repeated: bool = False) -> Tensor | None:
         """States of `rows` out of those of a pass; `None` where there are none.
@@ -151,15 +161,17 @@ class ProjectedAttention(AttentionSite):
         """By hooks before the layer and behind its query projection."""
         found: list[Tensor] = []
 
-        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+            if objects.elsewhere:
+                return
             found.clear()
-            bound = inspect.signature(module.forward).bind(*arguments, **named).arguments
+            bound = inspect.signature(module.forward).bind(*arguments, **(named or {})).arguments
             states = objects.images_of(bound[self.states], repeated=self.repeated)
             if states is not None:
                 found.append(self.key(states).unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
         def behind(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            if not found:
+            if objects.elsewhere or not found:
                 return None
             grouped = output.clone().unflatten(0, (objects.batch, -1))  # image, how often, query, width
             queries = grouped[objects.rows, :, self.pooled].unflatten(-1, (self.heads, -1))
@@ -200,6 +212,8 @@ class NormedAttention(AttentionSite):
         found: list[Tensor] = []
 
         def keys(_: nn.Module, __: Any, output: Tensor) -> None:
+            if objects.elsewhere:
+                return
             found.clear()
             states = objects.images_of(output)
             if states is not None:
@@ -207,7 +221,7 @@ class NormedAttention(AttentionSite):
                 found.append(self.key_norm(split[:, :, -2].transpose(1, 2)))
 
         def behind(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            if not found:
+            if objects.elsewhere or not found:
                 return None
             output = output.clone()
             queries = output[objects.rows][:, :, self.pooled]
@@ -235,7 +249,10 @@ class FusedAttention(AttentionSite):
         if module.bias_k is not None or module.add_zero_attn:
             raise InputError("attention with keys of its own (add_bias_kv, add_zero_attn) is not supported")
 
-        def behind(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        def behind(_: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> Any:
+            if objects.elsewhere:
+                return None
+            named, output = rest
             call = inspect.signature(nn.MultiheadAttention.forward).bind(module, *arguments, **named).arguments
             inputs = [call[name] for name in ("query", "key", "value")]
             if not module.batch_first:

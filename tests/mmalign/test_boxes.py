@@ -216,6 +216,7 @@ def test_what_are_no_boxes(boxes: Any, message: str) -> None:
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [1, 1, 1, 1]}]}', "not COCO's JSON: 3 is missing"),
         ('{"images": 3, "annotations": []}', "not COCO's JSON, though it has"),
         ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "has the file name 3"),
+        ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}', "of the id 1"),
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}], "annotations": []}', "two images"),
     ],
 )  # fmt: skip
@@ -246,4 +247,8 @@ def test_images_that_were_deleted_take_no_boxes_from_the_others(photos: Path, tm
     (tmp_path / "boxes.json").write_text('{"gone.jpg": [[1, 1, 9, 9]], "here.jpg": [[0, 0, 40, 30]]}')
     found = read_boxes(tmp_path / "boxes.json")
     assert found.missing == ("gone.jpg",)
+    assert "1 of 2 images that" in str(found.note_of_missing())
+    assert str(found.note_of_missing()).endswith("boxes.json' names are not there (first: 'gone.jpg')")
+    (tmp_path / "all.json").write_text('{"here.jpg": [[0, 0, 40, 30]]}')
+    assert read_boxes(tmp_path / "all.json").note_of_missing() is None
     assert found.detect(tmp_path / "here.jpg").boxes.tolist() == [[0, 0, 40, 30]]

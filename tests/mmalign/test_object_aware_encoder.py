@@ -21,7 +21,7 @@ from mmalign.encoders.states import TokenStates
 from mmalign.errors import InputError
 from mmalign.imaging import DecodeSettings, read_file
 from mmalign.object_aware.boxes import Detections, Detector, choose_boxes, read_boxes
-from mmalign.object_aware.detectors import load_detector
+from mmalign.object_aware.detectors import ModelDetector, load_detector
 from mmalign.object_aware.encoder import ObjectAwareEncoder
 from mmalign.object_aware.loading import from_planes, query_phrases, to_planes
 from mmalign.object_aware.perturbing import PerturbationSettings, perturb_queries
@@ -190,6 +190,16 @@ def test_many_threads(aware: ObjectAwareEncoder, files: list[Path]) -> None:
             np.testing.assert_array_equal(found, expected)
 
 
+def test_threads_with_and_without_objects(aware: ObjectAwareEncoder, files: list[Path]) -> None:
+    """Pixels alone are encoded as by the plain model, whatever another thread does with it."""
+    loaded = torch.stack([aware.load_image(file)[1] for file in files[:4]])
+    batches = [loaded, loaded[:3, :3]]
+    expected = [aware.encode_pixels(batch) for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for number, found in enumerate(pool.map(lambda n: aware.encode_pixels(batches[n % 2]), range(60))):
+            np.testing.assert_array_equal(found, expected[number % 2])
+
+
 def test_states_are_those_of_the_perturbed_pass(
     aware: ObjectAwareEncoder, tiny_open_clip: Encoder, files: list[Path]
 ) -> None:
@@ -290,6 +300,19 @@ def test_saved_folder_round_trip(folder: Path, tiny_clip: Encoder, files: list[P
     assert twice.fingerprint == made.fingerprint
 
 
+def test_images_of_a_file_are_saved(
+    folder: Path, tiny_clip: Encoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of boxes in another folder than its images, named relative to the folder one is in."""
+    shutil.copy(folder / "boxes.jsonl", tmp_path / "far.jsonl")
+    monkeypatch.chdir(folder)
+    made = ObjectAwareEncoder(tiny_clip, read_boxes(tmp_path / "far.jsonl", "."))
+    assert str(made.objects) == f"{tmp_path}/far.jsonl,images={folder}"
+    monkeypatch.chdir("/")
+    again = load_encoder(made.save(tmp_path / "encoder"), device="cpu")
+    np.testing.assert_allclose(again.encode_images(files), made.encode_images(files), atol=1e-6)
+
+
 def test_a_saved_folder_wants_the_detector_it_was_made_with(folder: Path, tiny_clip: Encoder, tmp_path: Path) -> None:
     saved = ObjectAwareEncoder(tiny_clip, read_boxes(folder / "boxes.jsonl")).save(tmp_path / "encoder")
     about = json.loads((saved / "encoder.json").read_text())
@@ -344,6 +367,10 @@ def test_names_of_a_boxes_file_in_another_folder(
         ("b.json,alpha=-1|bundled", "alpha is -1"),
         ("torchvision:ssd300_vgg16,images=/tmp|bundled", "is for a file of boxes"),
         ("nothing|bundled", "is none of these"),
+        ("b.json, Strength=1|bundled", "'Strength' .* is no setting"),
+        ("b.json,max_boxes=3|bundled", "max_boxes=3 is for a detector"),
+        ("torchvision:,alpha=1|bundled", "'torchvision:' names no model"),
+        ("transformers:|bundled", "'transformers:' names no model"),
     ],
 )
 def test_specs_that_cannot_be_used(rest: str, problem: str) -> None:
@@ -397,6 +424,11 @@ def test_a_network_finds_the_objects(
     ):
         assert again.fingerprint == encoder.fingerprint
         np.testing.assert_array_equal(again.encode_images(files, batch_size=5), vectors)
+    few = load_detector(yolos, device="cpu", threshold=0.1, max_boxes=1)
+    made = ObjectAwareEncoder(tiny_clip, few)
+    assert str(made.objects) == f"transformers:{yolos},threshold=0.1,max_boxes=1"
+    again = load_encoder(made.save(yolos.parent / "few"), device="cpu")
+    assert again.fingerprint == made.fingerprint != encoder.fingerprint
     surer = load_encoder(encoder.spec.replace("threshold=0.1", "threshold=0.99"), device="cpu")
     assert surer.fingerprint != encoder.fingerprint
     np.testing.assert_array_equal(surer.encode_images(files), tiny_clip.encode_images(files))
@@ -410,12 +442,59 @@ def test_a_network_finds_the_objects(
     st.integers(1, 9),
     st.none() | st.floats(0, 1),
     st.sampled_from(["a,b.json", "torchvision:ssd300_vgg16", "transformers:org/x"]),
+    st.none() | st.integers(1, 9),
+    st.sampled_from([None, "/a folder"]),
 )
 def test_spec_of_objects_is_read_as_written(
-    alpha: float, rank: int | None, keep: bool, most: int, threshold: float | None, detector: str
+    alpha: float,
+    rank: int | None,
+    keep: bool,
+    most: int,
+    threshold: float | None,
+    detector: str,
+    boxes: int | None,
+    images: str | None,
 ) -> None:
-    made = ObjectsSpec(detector, PerturbationSettings(alpha, 0.9, rank, keep, most), threshold)
+    made = ObjectsSpec(detector, PerturbationSettings(alpha, 0.9, rank, keep, most), threshold, images, boxes)
     assert ObjectsSpec.parse(str(made)) == made
+    loose = str(made).replace(",", " , ").replace("a , b.json ", "a,b.json").replace("alpha=", "Alpha =")
+    if not detector.startswith("a"):  # blanks may be a path's own
+        loose = loose.replace(f"{detector} ", detector)
+        assert ObjectsSpec.parse(loose) == made
+
+
+def test_specs_have_one_bar_and_folders_no_comma() -> None:
+    assert ObjectsSpec.parse("b1.json, Alpha=4,\tMAX_OBJECTS=2") == ObjectsSpec(
+        "b1.json", PerturbationSettings(alpha=4, max_objects=2)
+    )
+    with pytest.raises(InputError, match=r"'a\|b.json' has a \|"):
+        ObjectsSpec.parse("a|b.json")
+    with pytest.raises(InputError, match=r"'/x\|y' has a \|"):
+        ObjectsSpec("b.json", images="/x|y")
+    with pytest.raises(InputError, match="images=/x,y has a comma"):
+        ObjectsSpec("b.json", images="/x,y")
+
+
+class Still(ModelDetector):
+    """A network that finds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(1, 1), "still", None, 0.5, 100)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def found(self, pixels: torch.Tensor, phrases: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        return torch.zeros(0, 4), torch.zeros(0), []
+
+
+def test_the_detector_moves_with_the_encoder(clip_folder: Path) -> None:
+    detector = Still()
+    aware = ObjectAwareEncoder(load_encoder(f"transformers:{clip_folder}", device="cpu"), detector)
+    detector.device = torch.device("meta")  # anywhere else
+    assert aware.to("cpu", "bfloat16").detector is detector
+    assert detector.device == torch.device("cpu")
+    assert detector.model.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -461,6 +540,51 @@ def test_index_with_objects(
     assert (report.added, report.unchanged) == (len(files) - 8, 8)
     index.refresh()
     _vectors_are(index, by_hand(tiny_open_clip, files, boxes), files)
+
+
+def test_an_index_has_the_boxes_that_were_given_last(
+    folder: Path, clip_folder: Path, tiny_clip: Encoder, boxes: dict[str, Any], tmp_path: Path
+) -> None:
+    files, inner = sorted(folder.glob("*.jpg"))[:6], f"transformers:{clip_folder}"
+    root = tmp_path / "photos"
+    root.mkdir()
+    options = {"device": "cpu", "dtype": "float32"}
+    rows = [{"file": name, "boxes": rows} for name, rows in boxes.items() if name in {file.name for file in files}]
+    for name, some in (("one", rows[:1]), ("two", rows[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some))
+    specs = [f"objects:{tmp_path}/{name}.jsonl,images={folder}|{inner}" for name in ("one", "two")]
+    first, rest = [file for file in files if file.name == rows[0]["file"]], files
+    shutil.copy(first[0], root)
+    ImageIndex.build(root, encoder=specs[0], **options)
+    stale = ImageIndex.open(root, device="cpu")
+    assert stale.encoder.spec == specs[0]
+    generation = stale.manifest["generation"]
+
+    # Recorded although there is nothing new, which is what is looked at next time.
+    index, report = ImageIndex.build(root, encoder=specs[1], **options)
+    assert (report.added, report.unchanged) == (0, 1)
+    assert index.manifest["encoder"]["spec"] == specs[1]
+    assert index.info()["encoder"]["spec"] == ImageIndex.open(root).manifest["encoder"]["spec"] == specs[1]
+    assert index.manifest["generation"] == generation + 1
+    again, _ = ImageIndex.build(root, encoder=specs[1], **options)
+    assert again.manifest["generation"] == generation + 1, "nothing to write"
+
+    (tmp_path / "one.jsonl").unlink()
+    for file in rest:
+        shutil.copy(file, root)
+    assert stale.update().added == len(files) - 1  # which had loaded the encoder of the first boxes
+    stale.refresh()
+    _vectors_are(stale, by_hand(tiny_clip, files, boxes), files)
+
+    before = stale.manifest["generation"]
+    for bad, problem in (("none.jsonl", "are not there; check the path"), ("bad.json", "names no image")):
+        (tmp_path / "bad.json").write_text("{}")
+        with pytest.raises(InputError, match=problem):
+            ImageIndex.build(root, encoder=f"objects:{tmp_path}/{bad},images={folder}|{inner}", **options)
+    kept = ImageIndex.open(root).manifest
+    assert (kept["generation"], kept["encoder"]["spec"]) == (before, specs[1])
+    with pytest.raises(InputError, match="are not there"):
+        ImageIndex.build(root, tmp_path / "new", encoder=f"objects:{tmp_path}/none.jsonl|{inner}", **options)
 
 
 def _vectors_are(index: ImageIndex, expected: np.ndarray, files: Sequence[Path]) -> None:

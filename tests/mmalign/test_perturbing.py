@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -398,6 +401,39 @@ def test_the_model_is_as_it_was_after_an_error(family: Family) -> None:
     assert torch.equal(family.features(), plain)
 
 
+def test_other_threads_see_the_plain_model(family: Family) -> None:
+    """Of any batch, also in the midst of a perturbed pass; or objects of their own."""
+    model, weights, here = family.encoder.model, family.weights(), threading.get_ident()
+    plain = family.features([0])
+    with perturbed(family.encoder, weights):
+        turned = family.features()
+    with perturbed(family.encoder, weights[[1]]):
+        other = family.features([1])
+    meanwhile: list[Tensor] = []
+
+    def interrupt(*_: Any) -> None:
+        if threading.get_ident() == here:
+            meanwhile.append(pool.submit(family.features, [0]).result())
+
+    def with_other_objects() -> Tensor:
+        with perturbed(family.encoder, weights[[1]]):
+            return family.features([1])
+
+    with ThreadPoolExecutor(1) as pool, perturbed(family.encoder, weights), contextlib.ExitStack() as handles:
+        hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+        for module in hooked:
+            # As a pass that was under way when named arguments were taken from the hooks calls them.
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                late = (module, (), plain) if hook in module._forward_hooks.values() else (module, ())
+                assert pool.submit(hook, *late).result() is None
+            handles.callback(module.register_forward_pre_hook(interrupt).remove)
+        assert torch.equal(family.features(), turned)
+        assert torch.equal(pool.submit(with_other_objects).result(), other)
+        assert torch.equal(family.features(), turned)
+    assert meanwhile
+    assert all(torch.equal(found, plain) for found in meanwhile)
+
+
 def test_another_batch_is_refused(family: Family) -> None:
     weights = family.weights()
     for given, rows in ((weights, [0, 1]), (weights[:2], slice(None)), (torch.zeros_like(weights[:1]), slice(None))):
@@ -451,6 +487,7 @@ def test_small_boxes_go_first_and_strengths_take_all(tiny_clip: Any, photos: Pat
         ([[], []], {"strength": 3}, "unknown setting 'strength'; known are alpha"),
         ([[], []], {"alpha": -1}, "alpha is -1"),
         ([[], []], {"alpha": float("inf")}, "alpha is inf"),
+        ([[], []], {"alpha": 1e300}, r"alpha is 1e\+300; give a number in \[0, 1e\+06\]"),
         ([[], []], {"energy": 1}, "energy is 1"),
         ([[], []], {"rank": 0}, "rank is 0"),
         ([[], []], {"max_objects": 0}, "max_objects is 0"),
@@ -459,6 +496,15 @@ def test_small_boxes_go_first_and_strengths_take_all(tiny_clip: Any, photos: Pat
 )
 def test_bad_boxes_and_settings(tiny_clip: Any, boxes: Any, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message), perturb_queries(tiny_clip, boxes, [(60, 40)] * 2, **options):
+        pass
+
+
+@pytest.mark.parametrize("size", [(0, 0), (100,), (60, -1), 60, ("60", "40"), (60, float("nan")), None])
+def test_sizes_that_are_none(tiny_clip: Any, size: Any) -> None:
+    with (
+        pytest.raises(InputError, match=r"image 1 has the size .*; give \(width, height\)"),
+        perturb_queries(tiny_clip, [[], [[0, 0, 5, 5]]], [(60, 40), size]),
+    ):
         pass
 
 
@@ -472,6 +518,7 @@ def test_bad_boxes_and_settings(tiny_clip: Any, boxes: Any, options: dict, messa
         (torch.full((2, 1, 17), torch.nan), None, "fractions"),
         (torch.zeros(2, 1, 17), torch.ones(2, 2), "strengths must be finite"),
         (torch.zeros(2, 1, 17), torch.full((2, 1), torch.nan), "strengths must be finite"),
+        (torch.zeros(2, 1, 17), torch.full((2, 1), -1e7), r"strengths must be finite, at most 1e\+06"),
     ],
 )
 def test_bad_weights(tiny_clip: Any, weights: Tensor, strengths: Tensor | None, message: str) -> None:

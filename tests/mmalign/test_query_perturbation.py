@@ -65,6 +65,30 @@ def test_projector_is_that_of_the_leading_singular_vectors(covered: tuple[int, .
     torch.testing.assert_close(found.projector @ found.projector, found.projector)
 
 
+def test_energy_that_is_just_reached_is_enough() -> None:
+    """r counts shares strictly below eta; both ways of decomposing, on numbers without rounding."""
+    unit = torch.eye(6, dtype=torch.float64)
+    twice = unit[[0, 0, 1, 2]][None, :, :3]  # eigenvalues 2, 1, 1: shares 1/2, 3/4, 1
+    found = object_projector(twice, torch.ones(4), energy=0.75)
+    assert found.eigenvalues.tolist() == [[2, 1, 1]]
+    assert found.rank.tolist() == [1]
+    equal = unit[None, :4]  # fewer tokens than dimensions; eigenvalues 1, 1, 1, 1
+    found = object_projector(equal, torch.ones(4), energy=0.5)
+    assert found.eigenvalues.tolist() == [[1, 1, 1, 1, 0, 0]]
+    assert found.rank.tolist() == [1]
+
+
+@pytest.mark.parametrize("tokens", [(0, 1), tuple(range(8))])
+def test_rank_is_not_more_than_keys_are_independent(tokens: tuple[int, ...]) -> None:
+    keys = draw(1, 1, D)[:, [0] * TOKENS] * torch.arange(1, TOKENS + 1)[:, None]  # all of one direction
+    weights = torch.zeros(TOKENS, dtype=torch.float64)
+    weights[list(tokens)] = 1
+    found = object_projector(keys, weights, rank=2)
+    assert found.rank.tolist() == [1]
+    along = torch.nn.functional.normalize(keys[0, 0], dim=0)
+    torch.testing.assert_close(found.projector[0], along[:, None] * along, atol=1e-10, rtol=0)
+
+
 def test_small_eigenvalues_keep_their_directions() -> None:
     """The Gram matrix of few tokens loses digits of small eigenvalues, not of the subspace."""
     basis = torch.linalg.qr(draw(D, D)).Q[:3]
@@ -214,6 +238,9 @@ def test_attention_goes_to_the_object_and_not_because_it_is_sharper() -> None:
         ({"alpha": float("inf")}, "alpha is inf"),
         ({"alpha": torch.ones(2)}, "alpha is tensor"),
         ({"token_weights": torch.ones(1, TOKENS + 1)}, "do not fit keys"),
+        ({"token_weights": torch.full((1, TOKENS), torch.nan)}, "token weights must be finite, 0 or more"),
+        ({"token_weights": torch.full((1, TOKENS), torch.inf)}, "token weights must be finite"),
+        ({"token_weights": torch.full((1, TOKENS), -0.5)}, "token weights must be finite"),
         ({"keys": torch.full((HEADS, TOKENS, D), torch.nan)}, "keys are not finite"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,39 @@ def test_a_copy_stands_in_for_a_file_that_is_gone(folder: Path, encoder: TinyEnc
     assert found[0].path == hit.path
     assert found[0].aliases == hit.aliases
     assert found[0].rerank_score == float(hit.aliases[0].name[:2])
+
+
+def test_only_what_was_indexed_is_read(folder: Path, encoder: TinyEncoder) -> None:
+    """A file that holds something else now is as good as gone; one with another time may hold what it held."""
+    shutil.copy(folder / "03.png", folder / "99.png")
+    index, _ = ImageIndex.build(folder, encoder=encoder)
+    pair = next(hit for hit in index.search("red", k=12) if hit.aliases)
+    pair.path.write_bytes(pair.path.read_bytes()[:-20])  # damaged, and the copy is whole
+    shutil.copy(folder / "05.png", folder / "01.png")
+    same_size = bytearray((folder / "02.png").read_bytes())
+    same_size[-20] ^= 1
+    (folder / "02.png").write_bytes(same_size)
+    os.utime(folder / "04.png", (1, 1))
+    reranker = ByName()
+    found = {hit.path.name: hit.rerank_score for hit in index.search("red", k=12, rerank=reranker)}
+    asked = reranker.asked[0][1]
+    assert pair.path.name not in asked
+    assert found[pair.path.name] == float(pair.aliases[0].name[:2])
+    assert found["01.png"] is found["02.png"] is None
+    assert "04.png" in asked
+    assert sum(score is None for score in found.values()) == 2
+
+
+def test_files_are_decoded_as_those_of_the_index(photos: Path, tmp_path: Path, tiny_open_clip: Encoder) -> None:
+    (tmp_path / "photos").mkdir()
+    whole, other, *_ = sorted(photos.glob("*.jpg"))
+    (tmp_path / "photos" / "cut.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    shutil.copy(other, tmp_path / "photos")
+    index, _ = ImageIndex.build(tmp_path / "photos", encoder=tiny_open_clip, tolerate_truncation=True)
+    found = index.search("a dog", rerank=CosineReranker(tiny_open_clip))
+    assert len(found) == 2
+    for hit in found:
+        assert hit.rerank_score == pytest.approx(hit.score, abs=1e-4)
 
 
 def test_vectors_without_files_stay_as_they_are(
@@ -287,6 +321,26 @@ def test_detectors_of_open_vocabulary_look_for_what_the_query_names(
     np.testing.assert_array_equal(make(model, detector).score(cats, files), make(model).score(cats, files))
 
 
+def test_rerankers_share_a_model_with_other_threads(
+    few: Path, few_index: ImageIndex, tiny_open_clip: Encoder, matcher: Blip2Matcher
+) -> None:
+    """Plain, weakly and strongly perturbed scores, and searches by image, of one model at a time."""
+    files = sorted(few.glob("*.jpg"))[:5]
+    weak, strong = PerturbationSettings(alpha=3), PerturbationSettings(alpha=8)
+    rerankers: list[Reranker] = [
+        CosineReranker(tiny_open_clip), CosineReranker(tiny_open_clip, Asked(), weak),
+        CosineReranker(tiny_open_clip, Asked(), strong), MatchReranker(matcher), MatchReranker(matcher, Asked(), weak),
+        MatchReranker(matcher, Asked(), strong),
+    ]  # fmt: skip
+    tasks: list[Callable[[], Any]] = [lambda one=one: one.score("dogs", files).tolist() for one in rerankers]  # type: ignore[misc]
+    tasks.append(lambda: names(few_index.search(files[0], k=5)))
+    expected = [task() for task in tasks]
+    assert len({str(found) for found in expected}) == len(tasks)
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for number, result in enumerate(pool.map(lambda n: tasks[n % len(tasks)](), range(5 * len(tasks)))):
+            assert result == expected[number % len(tasks)]
+
+
 def test_one_reranker_serves_several_threads(few: Path, matcher: Blip2Matcher) -> None:
     files = sorted(few.glob("*.jpg"))
     reranker = MatchReranker(matcher, Asked(), batch_size=3)
@@ -360,7 +414,7 @@ def test_command_says_which_could_not_be_read(
     found = command_line(
         "search", folder, "a dog", "-k", "10", "-q", "--device", "cpu", "--rerank", f"transformers:{clip_folder}"
     )
-    assert "note: 1 of these 10 could not be read again and come last" in found.err
+    assert "note: 1 of these 10 could not be read again and come last; their files are gone, changed" in found.err
     assert found.out.splitlines()[-1].split()[:2] == ["10", "-"]
     assert found.out.splitlines()[-1].endswith(f"{Path(first).name}  (missing)")
 
@@ -373,6 +427,7 @@ def test_command_says_which_could_not_be_read(
         (("a dog", "a cat", "--rerank", "no-such-thing"), "re-ranking reads one text, and the query has 2 terms"),
         (("a dog", "--minus", "a cat", "--rerank", "no-such-thing"), "has 2 terms"),
         (("a dog", "--rerank", "no-such-thing"), "neither a folder nor"),
+        (("a dog", "--rerank", ""), "rerank names no model; give blip2:"),
         (("a dog", "--rerank", "blip2:org/none"), "cannot be found on this machine"),
     ],
 )
@@ -383,6 +438,42 @@ def test_command_refuses(
     assert result.code == 1
     assert problem in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_commands_say_which_boxes_have_no_image(
+    command_line: Callable[..., Any], clip_index: Path, clip_folder: Path, few: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (few / "boxes.jsonl").read_text().splitlines()]
+    mistyped = [{**row, "file": f"x{row['file']}"} for row in rows[1:]]
+    (tmp_path / "boxes.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (rows[0], *mistyped)))
+    objects, said = (
+        f"{tmp_path}/boxes.jsonl,images={few}",
+        "note: 9 of 10 images that '{}' names are not there (first: '{}')",
+    )
+    said = said.format(f"{tmp_path}/boxes.jsonl", mistyped[0]["file"])
+    usual, inner = ("--device", "cpu", "-q"), f"transformers:{clip_folder}"
+    found = command_line("search", clip_index, "a dog", *usual, "--rerank", inner, "--objects", objects)
+    assert (found.code, found.err.strip()) == (0, said)
+    folder, out = few, tmp_path / "index"
+    made = command_line("index", folder, "-o", out, "-e", inner, "--dtype", "float32", "--objects", objects, *usual)
+    assert said in made.err
+    assert "indexed before" not in made.err
+    plain = command_line("index", folder, "-o", out, *usual)
+    assert plain.err.count("note") == 0, "nothing was read"
+
+    whole = f"{few}/boxes.jsonl"
+    known = "note: 10 of the images that '{}' names were indexed before and keep the vectors of their old boxes"
+    for objects, number in ((whole, 10), (whole, 10), (f"{tmp_path}/boxes.jsonl,images={few}", 1)):
+        given = command_line("index", folder, "-o", out, "--objects", objects, *usual)
+        assert given.code == 0, given.err
+        file = objects.partition(",")[0]
+        assert known.format(file).replace("10", str(number)) in given.err
+        assert "into another --out" in given.err
+        spec = json.loads(command_line("info", out, "--json").out)["encoder"]["spec"]
+        assert spec == f"objects:{objects}|{inner}"
+    lost = command_line("index", folder, "-o", out, "--objects", tmp_path / "none.json", *usual)
+    assert (lost.code, "none.json' are not there; check the path" in lost.err) == (1, True)
+    assert json.loads(command_line("info", out, "--json").out)["encoder"]["spec"] == spec
 
 
 def test_index_command_with_objects(
