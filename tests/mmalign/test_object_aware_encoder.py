@@ -27,7 +27,7 @@ from mmalign.object_aware.loading import from_planes, query_phrases, to_planes
 from mmalign.object_aware.perturbing import PerturbationSettings, perturb_queries
 from mmalign.object_aware.specs import ObjectsSpec
 from mmalign.query_perturbation import PatchGrid
-from retrieval import ImageIndex
+from retrieval import ImageIndex, IndexUpgrade
 
 COUNT = 12
 
@@ -585,6 +585,27 @@ def test_an_index_has_the_boxes_that_were_given_last(
     assert (kept["generation"], kept["encoder"]["spec"]) == (before, specs[1])
     with pytest.raises(InputError, match="are not there"):
         ImageIndex.build(root, tmp_path / "new", encoder=f"objects:{tmp_path}/none.jsonl|{inner}", **options)
+    with pytest.raises(InputError, match="are not there"):
+        ImageIndex.open(root, encoder=f"objects:{tmp_path}/none.jsonl|{inner}")
+    (tmp_path / "two.jsonl").unlink()
+    with pytest.raises(InputError, match="are not there"):
+        ImageIndex.build(root, encoder=specs[1], **options)
+    index, report = ImageIndex.build(root, device="cpu")
+    assert report.unchanged == len(files), "nobody asked for boxes"
+    assert len(index.search("a dog")) == len(files), "words need none"
+
+
+def test_an_upgrade_has_the_boxes_that_were_given_last(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
+    root, inner = shutil.copytree(folder, tmp_path / "photos"), f"transformers:{clip_folder}"
+    shutil.copy(root / "boxes.jsonl", root / "more.jsonl")
+    ImageIndex.build(root, encoder=inner, device="cpu", dtype="float32")
+    upgrade = IndexUpgrade(root, f"objects:{root}/boxes.jsonl|{inner}", device="cpu")
+    upgrade.measure(sample=COUNT)
+    upgrade.start(force=True)
+    ImageIndex.open(root, encoder=f"objects:{root}/more.jsonl|{inner}", device="cpu").update()
+    manifest = ImageIndex.open(root).manifest
+    assert manifest["upgrade"]["encoder"]["spec"] == f"objects:{root}/more.jsonl|{inner}"
+    assert manifest["encoder"]["spec"] == inner
 
 
 def _vectors_are(index: ImageIndex, expected: np.ndarray, files: Sequence[Path]) -> None:

@@ -146,6 +146,8 @@ def test_only_what_was_indexed_is_read(folder: Path, encoder: TinyEncoder) -> No
     assert found["01.png"] is found["02.png"] is None
     assert "04.png" in asked
     assert sum(score is None for score in found.values()) == 2
+    (hit,) = index.search("red", where=f"path = '{pair.item.name}'", rerank=reranker)
+    assert hit.rerank_score is None, "the copy is left out by the filter"
 
 
 def test_files_are_decoded_as_those_of_the_index(photos: Path, tmp_path: Path, tiny_open_clip: Encoder) -> None:
