@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--weight", type=float, default=200.0)
+    parser.add_argument("--weight", type=float, default=100.0)
     given = parser.parse_args()
     teacher = lite0() if given.teacher == "lite0" else load_encoder("bundled:image", device="cpu")
     lines = unpacked(given.out, given.data)
