@@ -10,12 +10,13 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .errors import InputError, reason_of
 
-__all__ = ["load_tensors", "save_tensors", "sha256_of", "whole_file", "whole_folder"]
+__all__ = ["load_tensors", "read_object", "save_tensors", "sha256_of", "whole_file", "whole_folder"]
 
 
 @contextlib.contextmanager
@@ -121,6 +122,15 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:  # it is, by what is known of how the library writes; padded with blanks, as it does
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; `{}` where there is none that can be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,11 @@ from mmalign import load_encoder
 from mmalign.encoders.compatible import CompatibleEncoder
 from mmalign.encoders.timm import TimmEncoder, preprocessing_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ["--backbone", "test_resnet", "--no-pretrained", "--extra-dim", "4", "--batch-size", "8", "--image-size", "32",
          "--test", "0.25", "--device", "cpu", "-q"]  # fmt: skip
 SHORT = [*QUICK, "--epochs", "1", "--warmup-epochs", "0"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

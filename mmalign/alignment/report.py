@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation import Comparison
+from ..files import read_object
 from .drawing import draw_layers, draw_report, score_title
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """What `write_report` wrote; `{}` where there is none that can be read."""
-    try:
-        return json.loads((folder / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return read_object(folder / _FILE)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from ..checks import at_least, visible_text
 from ..device import fastest_cpu_dtype, resolve_device, resolve_dtype
 from ..errors import InputError, MMAlignError
 from ..fingerprint import digest_of
-from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing, read_image
+from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing
 from ..progress import progress_bar
 from .folder import save_folder
 from .states import Layer, TokenStates, check_layer
@@ -177,12 +177,7 @@ class Encoder(ABC):
             UnreadableImageError: it cannot be read.
         """
         assert self.preprocessing is not None
-        decoded = read_image(
-            image,
-            max_pixels=decode.max_pixels,
-            fast_decode=self.preprocessing.size if decode.fast_decode else None,
-            tolerate_truncation=decode.tolerate_truncation,
-        )
+        decoded = decode.read(image, self.preprocessing.size)
         return decoded, self.preprocessing(decoded.pixels)
 
     @torch.inference_mode()

@@ -96,6 +96,19 @@ class DecodeSettings:
     tolerate_truncation: bool = False
     max_pixels: int | None = None
 
+    def read(self, image: ImageSource, target: tuple[int, int]) -> DecodedImage:
+        """`read_image` by these settings, for an encoder whose input has `target` (height, width).
+
+        Raises:
+            UnreadableImageError: it cannot be read.
+        """
+        return read_image(
+            image,
+            max_pixels=self.max_pixels,
+            fast_decode=target if self.fast_decode else None,
+            tolerate_truncation=self.tolerate_truncation,
+        )
+
 
 DEFAULT_DECODING = DecodeSettings()
 

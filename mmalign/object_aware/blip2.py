@@ -15,7 +15,7 @@ from ..device import resolve_device, resolve_dtype
 from ..encoders.hub import quiet_libraries, unavailable
 from ..encoders.transformers import preprocessing_of
 from ..errors import InputError, reason_of
-from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing, read_image
+from ..imaging import DEFAULT_DECODING, DecodedImage, DecodeSettings, ImagePreprocessing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,12 +95,7 @@ class Blip2Matcher:
         self, image: Any, decode: DecodeSettings = DEFAULT_DECODING
     ) -> tuple[DecodedImage, Float[Tensor, "3 height width"]]:
         """An image as it was read, and preprocessed; as `Encoder.load_image`."""
-        decoded = read_image(
-            image,
-            max_pixels=decode.max_pixels,
-            fast_decode=self.preprocessing.size if decode.fast_decode else None,
-            tolerate_truncation=decode.tolerate_truncation,
-        )
+        decoded = decode.read(image, self.preprocessing.size)
         return decoded, self.preprocessing(decoded.pixels)
 
     def image_states(

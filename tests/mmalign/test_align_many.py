@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
 
 from mmalign.alignment import Pairs, align_many, load_alignment
 from mmalign.errors import InputError
 from mmalign.metrics import image_text_retrieval
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK: dict[str, Any] = {"steps": 200, "dim": 16, "learning_rate": 1e-2, "batch_size": 128}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def hit(rows: np.ndarray, others: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from mmalign.fine_tuning.oca.training import FineTuning
 from mmalign.orthogonal_compatibility import class_prototypes, oca_loss
 from mmalign.pairs import read_labelled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 SMALL: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -42,14 +44,6 @@ SMALL: dict[str, Any] = {
     "test": 0.25,
     "device": "cpu",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

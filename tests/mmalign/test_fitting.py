@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,9 @@ from mmalign.metrics import image_text_retrieval
 from mmalign.structure import structure_loss, structure_objective
 from mmalign.threshold_consistency import tcm_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STILL = {"learning_rate": 1e-12, "weight_decay": 0.0, "dim": 6}  # the heads stay as they are initialised
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pairs(n: int = 40, *, texts_a_row: int = 1, noise: float = 0.5, seed: int = 0) -> PairedRows:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch.nn.functional import normalize
 
 from ...evaluation import Comparison
-from ...files import whole_file
+from ...files import read_object, whole_file
 from ...kernel_alignment import Kernel, cosine_shift_bound, kernel_alignment_loss, nearest_pairs_error
 from ...plotting import name_axes, new_figure, save_figure
 
@@ -128,11 +128,7 @@ def write_report(report: KernelReport, folder: Path) -> None:
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_report` wrote; `{}` where there is none that can be read."""
-    try:
-        found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(Path(folder) / _FILE)
 
 
 def _draw(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

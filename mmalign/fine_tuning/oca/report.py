@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from ...files import read_object
 from ...metrics import cmc_map_self_excluded
 from ...metrics.chance import chance_hit
 from ...plotting import name_axes, name_rows, new_figure, save_figure, share_axes
@@ -131,11 +132,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_report` wrote; `{}` where there is none that can be read."""
-    try:
-        found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(Path(folder) / _FILE)
 
 
 def _draw_figures(path: Path, figures: Mapping[str, Mapping[str, float]]) -> None:
