@@ -23,11 +23,12 @@ from . import writing
 from .duplicates import find_duplicates
 from .faiss_module import import_faiss
 from .hits import Hit
+from .index_encoders import IndexEncoders
 from .items import Item, Items, display_path, iterate
 from .options import FaissOptions, UpdateOptions, checked_options
 from .query import Query, Term, as_terms, as_vector, embed_query, kind_of
 from .query_rows import QueryRows
-from .recorded_encoder import check_boxes, check_encoder, given_encoder, load_recorded, recorded_dtype
+from .recorded_encoder import check_boxes, given_encoder
 from .report import UpdateReport
 from .reranked import reranked, words_of
 from .snapshot import Snapshot
@@ -61,22 +62,7 @@ class ImageIndex:
         """As `open`, for the folder of the index itself."""
         self.store = Store(Path(folder))
         self.snapshot = Snapshot(self.store)
-        self._device = device
-        self._encoders: dict[str | None, Encoder] = {}  # by fingerprint; an index that is upgraded has two
-        self._loaded_by: dict[str | None, str] = {}  # specs, which other writers may change to ones of other boxes
-        self._given: Encoder | None = None
-        about = self.manifest["encoder"]
-        recorded = recorded_dtype(about, dtype, self.folder)
-        if encoder is not None:
-            new = self.manifest["upgrade"]["encoder"] if self.manifest.get("upgrade") else None
-            if not isinstance(encoder, Encoder):
-                if os.fspath(encoder) in (about["spec"], new and new["spec"]):
-                    return  # as if nothing were given: loaded when needed
-                dtype = recorded
-            found = given_encoder(encoder, device, dtype)
-            if not (new and found.fingerprint == new["fingerprint"]):
-                check_encoder(about, found, self.folder)
-            self._encoders[found.fingerprint if about["spec"] is not None else None] = self._given = found
+        self._encoders = IndexEncoders(self.folder, self.manifest, encoder, device, dtype)
 
     # -- making and opening ----------------------------------------------------------------------------------------
 
@@ -275,7 +261,7 @@ class ImageIndex:
     @property
     def loaded_encoder(self) -> Encoder | None:
         """`encoder` where it was given or needed before; `None` where it would have to be loaded."""
-        return self._encoders.get(self.manifest["encoder"]["fingerprint"])
+        return self._encoders.loaded(self.manifest["encoder"])
 
     @property
     def new_encoder(self) -> Encoder | None:
@@ -289,14 +275,7 @@ class ImageIndex:
 
     def _encoder_of(self, about: dict[str, Any]) -> Encoder:
         """What an entry of the manifest stands for, loaded when first needed."""
-        encoder = self._encoders.get(about["fingerprint"])
-        if encoder is None or self._loaded_by.get(about["fingerprint"], about["spec"]) != about["spec"]:
-            if self._given is not None and not (self.manifest.get("upgrade") or self.manifest.get("upgraded")):
-                check_encoder(about, self._given, self.folder)  # it is another index by now, and was never upgraded
-            encoder = load_recorded(about, self._device)
-            self._encoders[about["fingerprint"]], self._loaded_by[about["fingerprint"]] = encoder, about["spec"]
-        check_encoder(about, encoder, self.folder)
-        return encoder
+        return self._encoders.of(about, self.manifest)
 
     def info(self) -> dict[str, Any]:
         """What the index holds and how it was made, JSON-safe."""
@@ -502,7 +481,7 @@ class ImageIndex:
             InputError, EncoderMismatchError, IndexLockedError: as for `build`.
         """
         wanted = checked_options(options)
-        report = writing.update_index(self.store, self._encoder_of, folder, wanted, given=self._given)
+        report = writing.update_index(self.store, self._encoder_of, folder, wanted, given=self._encoders.given)
         self.refresh()
         return report
 
