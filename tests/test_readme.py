@@ -73,7 +73,7 @@ def test_finding_what_an_encoder_overlooks(
     assert not np.array_equal(made["rows"][0], plain[0])
     assert np.array_equal(made["rows"][1], plain[1])
     assert len(made["index"]) == 10
-    assert "a cup of" in capsys.readouterr().out
+    assert {"cup", "coke"} <= set(re.findall(r"\w+", capsys.readouterr().out))
 
 
 @pytest.mark.slow

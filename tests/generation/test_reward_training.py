@@ -84,6 +84,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "export" / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_the_reward_rises_on_held_out_prompts_too(settings: Any, tmp_path: Path, family: str, curves: None) -> None:
     reward = LeftBright()

@@ -37,7 +37,7 @@ from mmalign.imaging import ImagePreprocessing, read_image
 from tests.conftest import spread_weights
 
 # Cosines of the second image and the fourth are well above 0 with it, those of the first and last below.
-SEED = 39
+SEED = 8
 PROMPTS = ["a dog on grass", "two bicycles", "an empty street", "a plate of food", "people in a park"]
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 

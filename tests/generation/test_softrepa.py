@@ -368,6 +368,7 @@ def test_it_says_when_to_stop_and_ends_by_patience(run: Any, tmp_path: Path) -> 
     assert not torch.equal(best["tokens"], saved(report.output)["tokens"])
 
 
+@pytest.mark.slow
 def test_tokens_raise_the_accuracy_of_pairs_they_were_not_trained_on(
     photos: Path, captions: list[dict[str, Any]], bundled: Any
 ) -> None:

@@ -435,11 +435,11 @@ def test_other_threads_see_the_plain_model(family: Family) -> None:
 
 
 def test_another_batch_is_refused(family: Family) -> None:
-    weights = family.weights()
+    weights, before = family.weights(), hooks(family.encoder)  # transformers leaves some of its own
     for given, rows in ((weights, [0, 1]), (weights[:2], slice(None)), (torch.zeros_like(weights[:1]), slice(None))):
         with pytest.raises(InputError, match="images go through the encoder"), perturbed(family.encoder, given):
             family.features(rows)
-    assert hooks(family.encoder) == 0
+    assert hooks(family.encoder) == before
 
 
 def test_boxes_of_original_images(family: Family) -> None:

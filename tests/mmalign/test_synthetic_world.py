@@ -68,6 +68,7 @@ class World(NamedTuple):
         return image_text_retrieval(*rows, np.arange(HELD), ks=(1,))["image_to_text"]["hit@1"]
 
 
+@pytest.mark.slow
 def test_structure_makes_long_training_safe() -> None:
     world = World.of(300)
     alone, structured = (world.fit(method, "last") for method in ("clip", "structure"))

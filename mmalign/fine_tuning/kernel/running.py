@@ -94,7 +94,7 @@ def align_to_teacher(
 ) -> KernelReport:
     """Fine-tune the image tower of a CLIP on images alone, towards a vision-only teacher: KUEA, arXiv 2506.02557.
 
-    See `mmalign.kernel_alignment` for the loss. Text vectors do not change, bit for bit; image vectors do, so that
+    See `mmalign.kernel_alignment` for the loss. Not a bit of the text tower changes; image vectors do, so that
     indices are to be built anew (`mmalign upgrade`). What the paper found with 1.28 million images: zero-shot accuracy
     over 12 sets 65.3 -> 66.5 (ViT-L/14), Flickr30k R@1 +1.6 and +2.3 at 336 px; ImageNet by itself gains little.
 
