@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,15 @@ def kernel(
     return call
 
 
-def test_what_is_printed_and_made(kernel: Callable[..., Any], tiny_clip: Encoder, tmp_path: Path) -> None:
+def test_what_is_printed_and_made(
+    kernel: Callable[..., Any], tiny_clip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     done = kernel("--set", "adaptation=lora", "--set", "rank=2", "--set", "learning_rate=0.001")
     assert done.code == 0
     assert "kernel error, all pairs" in done.out
+    for name in ("same texts", "align", "reg"):
+        assert re.search(rf"{name} \d", done.err), name
     assert "text to image" in done.out
     assert f"mmalign index FOLDER --encoder {tmp_path / 'out'}" in done.err
     made = load_encoder(tmp_path / "out", device="cpu")

@@ -49,7 +49,8 @@ class ImageLoop(ABC):
         rank: number of this process among `processes` that train together; each takes its part of every batch.
     """
 
-    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    shown: ClassVar[tuple[str, ...]] = ("epoch", "loss")  # in the bar: `epoch`, and of `terms`
+    shown_of_lines: ClassVar[dict[str, str]] = {}  # of the last line of `history`, and what the bar calls it
 
     def __init__(
         self,
@@ -127,10 +128,8 @@ class ImageLoop(ABC):
         size, first = self.batch_size, self.step
         samples = ((n, self._image_of(n)) for step in range(first, self.steps) for n in self._own(step))
         found = prefetch(samples, lambda sample: self.pixels_of(*sample), ahead=3 * size, workers=workers)
-        fields = dict.fromkeys(self.shown, "-")
-        bar = progress_bar(
-            "fine-tuning", self.steps * size, initial=first * size, enabled=progress, epoch="-", **fields
-        )
+        fields = dict.fromkeys([*self.shown_of_lines.values(), *self.shown], "-")
+        bar = progress_bar("fine-tuning", self.steps * size, initial=first * size, enabled=progress, **fields)
         saved, cost = time.monotonic(), 0.0
         with contextlib.closing(cast("Any", found)), bar as advance:
             for images, pixels in self._batches(found):
@@ -142,8 +141,13 @@ class ImageLoop(ABC):
                     self._check_weights()
                     self.history.append(self.line(self._means()))
                     self._line = []
-                shown = {name: f"{values[name]:.4g}" for name in self.shown}
-                advance(size, epoch=str(self._epoch_of(self.step - 1) + 1), **shown)
+                shown = {name: f"{value:.3g}" for name, value in values.items() if name in self.shown}
+                if "epoch" in self.shown:
+                    shown["epoch"] = str(self._epoch_of(self.step - 1) + 1)
+                if self.history:
+                    last = self.history[-1]
+                    shown |= {told: f"{last[name]:.3f}" for name, told in self.shown_of_lines.items() if name in last}
+                advance(size, **shown)
                 since = time.monotonic() - saved
                 due = (ended or since > SECONDS_BETWEEN_CHECKPOINTS) and since > _SHARE * cost
                 if self.rank == 0 and (due or self.step == self.steps):

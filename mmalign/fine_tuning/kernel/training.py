@@ -87,6 +87,7 @@ class KernelAlignmentLoop(ImageLoop):
     """
 
     shown: ClassVar[tuple[str, ...]] = ("align", "reg")
+    shown_of_lines: ClassVar[dict[str, str]] = {"same_best_text": "same texts"}
 
     def __init__(
         self,
