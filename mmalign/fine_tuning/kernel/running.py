@@ -27,7 +27,7 @@ from ...encoders.encoder import unit_rows
 from ...encoders.timm import TimmEncoder
 from ...errors import InputError
 from ...evaluation import compare_retrieval, compare_zero_shot, named_templates
-from ...features import extract_features
+from ...features import Features, extract_features
 from ...features.items import hash_items
 from ...imaging import DEFAULT_DECODING
 from ...kernel_alignment import (
@@ -111,7 +111,8 @@ def align_to_teacher(
             held-out images serve the report alone. Lines may say `split` ("validation" is not used) and `group`.
         out: folder of the encoder that is made, which is replaced if it is one.
         student: spec, folder or encoder with both towers; an encoder is copied.
-        teacher: spec, folder or encoder with an image tower; DINOv2 ViT-L/14 with registers by default.
+        teacher: spec, folder or encoder with an image tower; DINOv2 ViT-L/14 with registers by default. An encoder is
+            left on the CPU.
         teacher_size: side that a timm teacher sees (DINOv2's own 518 takes 5 times as long); `None` for its own.
         teacher_view: "own", the teacher's preprocessing; or "student", the student's crop and colour statistics, as in
             the released code.
@@ -176,9 +177,8 @@ def align_to_teacher(
 
     images, root = read_images(data)
     files = [root / image.file for image in images]
-    main, work = accelerator.is_main_process, target.with_name(f"{target.name}.training")
-    splits = ImageSplits.of(images, files, test=test, duplicates="drop", seed=seed, workers=workers,
-                            progress=progress and main)  # fmt: skip
+    shown = progress and accelerator.is_main_process
+    splits = ImageSplits.of(images, files, test=test, duplicates="drop", seed=seed, workers=workers, progress=shown)
     settings = {
         **asdict(recipe),
         "sigma": None if sigma is None else list(sigma),
@@ -187,63 +187,103 @@ def align_to_teacher(
         "texts": None if texts is None else list(texts),
         "data": _digest(images, files, splits, workers),
     }
-    finished = read_report(target)
-    if finished.get("settings") == settings:
-        if main:
-            shutil.rmtree(work, ignore_errors=True)
-        return KernelReport(**{**finished, "folder": str(target)})
+    work = target.with_name(f"{target.name}.training")
+    run = _Run(
+        encoder.to(where), guide.to(where), recipe, images, files, splits, texts, settings, target, work,
+        Path(cache) if cache is not None else work / "features", accelerator, workers, shown,
+    )  # fmt: skip
+    return run.result()
 
-    with locked(work) if main else nullcontext():
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that has been checked, and what becomes of it."""
+
+    encoder: Encoder
+    teacher: Encoder
+    recipe: Recipe
+    images: list[CaptionedImage]
+    files: list[Path]
+    splits: ImageSplits
+    texts: Sequence[str] | None
+    settings: dict[str, Any]
+    target: Path
+    work: Path
+    cache: Path
+    accelerator: Accelerator
+    workers: int | None
+    progress: bool
+
+    def result(self) -> KernelReport:
+        """The report that there is, or that of a run from where the last one stopped."""
+        main = self.accelerator.is_main_process
+        finished = read_report(self.target)
+        if finished.get("settings") != self.settings:
+            with locked(self.work) if main else nullcontext():
+                self._train()
+            finished = read_report(self.target)
         if main:
-            check_same_run(work, settings)
-        # One process extracts, the others find it in the cache.
-        with accelerator.main_process_first():
-            both = [
-                extract_features(one, files, modality="image", workers=workers, cache=cache or work / "features",
-                                 progress=progress and main)
-                for one in (encoder.to(where), guide.to(where))
-            ]  # fmt: skip
-        usable = both[0].usable & both[1].usable
-        z0, t = (np.array(features["output"], np.float32) for features in both)
-        training = np.flatnonzero(splits.training & ~splits.validation & usable)
-        measured = _Measured.of(images, both[0].content, np.flatnonzero(splits.test & usable), encoder)
-        if len(training) < 2 or len(measured.rows) < 2:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return KernelReport(**{**finished, "folder": str(self.target)})
+
+    def _train(self) -> None:
+        main = self.accelerator.is_main_process
+        if main:
+            check_same_run(self.work, self.settings)
+        student, guide = self._features()
+        usable = student.usable & guide.usable
+        z0, t = (np.array(features["output"], np.float32) for features in (student, guide))
+        training = np.flatnonzero(self.splits.training & ~self.splits.validation & usable)
+        rows = np.flatnonzero(self.splits.test & usable)
+        measured = _Measured.of(self.images, self.files, student.content, rows, self.encoder, z0, t)
+        if len(training) < 2 or len(measured.files) < 2:
             raise InputError(
-                f"{len(training)} images to train on and {len(measured.rows)} to measure on can be read, and it takes "
+                f"{len(training)} images to train on and {len(measured.files)} to measure on can be read, and it takes "
                 "2 of each; give more images"
             )
-        kernels = _kernels(recipe, z0[training], t[training], seed)
+        kernels = _kernels(self.recipe, z0[training], t[training])
         loop = KernelAlignmentLoop(
-            encoder, [files[row] for row in training], z0[training], t[training], kernels, recipe,
-            measured.looked_at(encoder, files, z0, t, texts), accelerator,
+            self.encoder, [self.files[row] for row in training], z0[training], t[training], kernels, self.recipe,
+            measured.looked_at(self.texts), self.accelerator,
         )  # fmt: skip
         loop.run(
-            work / "checkpoint.safetensors", f"kernel alignment for {str(target)!r}", workers=workers,
-            progress=progress and main,
+            self.work / "checkpoint.safetensors", f"kernel alignment for {str(self.target)!r}", workers=self.workers,
+            progress=self.progress,
         )  # fmt: skip
         settled = loop.student_kernel()
         loop.tower.finish()
-        encoder._fingerprint = None
-        encoder.note_training(both[0].content[row] for row in training)
+        self.encoder._fingerprint = None
+        self.encoder.note_training(student.content[row] for row in training)
         if main:
-            report = measured.report(encoder, files, z0, t, (kernels[0], kernels[1]), loop, settings, workers, progress)
-            report.counts |= {"training": len(training), "left_out": len(both[0].skipped)}
+            report = measured.report(kernels, loop, self.workers, self.progress)
+            report.counts |= {"training": len(training), "left_out": len(student.skipped)}
             report.kernels = {"student": _told(kernels[0]), "teacher": _told(kernels[1]), "trained": _told(settled)}
-            report.skipped, report.warnings = both[0].skipped, splits.warnings
-            report.folder = str(encoder.save(target))
-            write_report(report, target)
-        accelerator.wait_for_everyone()
-    if not main:
-        return KernelReport(**{**read_report(target), "folder": str(target)})
-    shutil.rmtree(work, ignore_errors=True)
-    return report
+            report.settings, report.skipped, report.warnings = self.settings, student.skipped, self.splits.warnings
+            report.folder = str(self.encoder.save(self.target))
+            write_report(report, self.target)
+        self.accelerator.wait_for_everyone()
+
+    def _features(self) -> tuple[Features, Features]:
+        """Of the original student and of the teacher, which then makes room; others find in the cache what one did."""
+        found = []
+        with self.accelerator.main_process_first():
+            for one in (self.encoder, self.teacher):
+                found.append(
+                    extract_features(one, self.files, modality="image", workers=self.workers, cache=self.cache,
+                                     progress=self.progress)
+                )  # fmt: skip
+        self.teacher.to("cpu")
+        return found[0], found[1]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Held-out images, each content once, with their captions and labels."""
+    """Held-out images, each content once, with their captions and labels, and features before training."""
 
-    rows: Int[np.ndarray, " n"]
+    encoder: Encoder
+    files: list[Path]
+    originals: Float[np.ndarray, "n dim"]
+    teachers: Float[np.ndarray, "n teacher_dim"]
     captions: list[str]
     owner: Int[np.ndarray, " m"]
     caption_rows: Float[np.ndarray, "m dim"]
@@ -251,76 +291,68 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, images: Sequence[CaptionedImage], content: Sequence[str], rows: Int[np.ndarray, " n"], encoder: Encoder
+        cls,
+        images: Sequence[CaptionedImage],
+        files: Sequence[Path],
+        content: Sequence[str],
+        rows: Int[np.ndarray, " n"],
+        encoder: Encoder,
+        z0: Float[np.ndarray, "all dim"],
+        t: Float[np.ndarray, "all teacher_dim"],
     ) -> _Measured:
         first: dict[str, int] = {}
         kept = np.unique([first.setdefault(content[row], row) for row in rows.tolist()]).astype(np.int64)
         captions = [caption for row in kept for caption in images[row].captions]
         owner = np.repeat(np.arange(len(kept)), [len(images[row].captions) for row in kept])
+        labels = [images[row].label for row in kept]
         encoded = encoder.encode_texts(captions)
-        return cls(kept, captions, owner, encoded, [images[row].label for row in kept])
+        return cls(encoder, [files[row] for row in kept], z0[kept], t[kept], captions, owner, encoded, labels)
 
-    def looked_at(
-        self,
-        encoder: Encoder,
-        files: Sequence[Path],
-        z0: Float[np.ndarray, "n dim"],
-        t: Float[np.ndarray, "n teacher_dim"],
-        texts: Sequence[str] | None,
-    ) -> HeldOut:
+    def looked_at(self, texts: Sequence[str] | None) -> HeldOut:
         """The first of them, with the texts that are looked at."""
-        rows = self.rows[:_LOOKED_AT]
-        chosen = self.owner < len(rows)
+        count = min(_LOOKED_AT, len(self.files))
+        chosen = self.owner < count
         owner = torch.from_numpy(self.owner[chosen]) if texts is None and chosen.any() else None
         if owner is not None:
             found = self.caption_rows[chosen]
         else:
-            found = encoder.encode_texts(list(texts) if texts is not None else _class_names())
-        pixels = torch.stack([encoder.load_image(files[row])[1] for row in rows])
-        return HeldOut(pixels, torch.from_numpy(z0[rows]), torch.from_numpy(t[rows]), torch.from_numpy(found), owner)
+            found = self.encoder.encode_texts(list(texts) if texts is not None else _class_names())
+        pixels = torch.stack([self.encoder.load_image(file)[1] for file in self.files[:count]])
+        z0, t = (torch.from_numpy(rows[:count]) for rows in (self.originals, self.teachers))
+        return HeldOut(pixels, z0, t, torch.from_numpy(found), owner)
 
     def report(
-        self,
-        encoder: Encoder,
-        files: Sequence[Path],
-        z0: Float[np.ndarray, "n dim"],
-        t: Float[np.ndarray, "n teacher_dim"],
-        kernels: tuple[Kernel, Kernel],
-        loop: KernelAlignmentLoop,
-        settings: dict[str, Any],
-        workers: int | None,
-        progress: bool,
+        self, kernels: tuple[Kernel, Kernel], loop: KernelAlignmentLoop, workers: int | None, progress: bool
     ) -> KernelReport:
         """Everything before and after, by the kernels as they were before."""
-        found = extract_features(encoder, [files[row] for row in self.rows], modality="image", workers=workers,
-                                 progress=progress)  # fmt: skip
-        before, after = z0[self.rows], np.array(found["output"], np.float32)
-        unit = {name: unit_rows(torch.from_numpy(rows)) for name, rows in (("before", before), ("after", after))}
+        found = extract_features(self.encoder, self.files, modality="image", workers=workers, progress=progress)
+        both = {"before": self.originals, "after": np.array(found["output"], np.float32)}
+        unit = {name: unit_rows(torch.from_numpy(rows)) for name, rows in both.items()}
         retrieval = None
         described = np.unique(self.owner)
         if len(described) > 1:
             owner = np.searchsorted(described, self.owner)
             encoded = {name: (rows[described], self.caption_rows) for name, rows in unit.items()}
             retrieval = compare_retrieval(encoded, owner, seed=loop.seed).to_dict()
-        looked_at = loop.held_out.texts.numpy()
+        texts = loop.held_out.texts.numpy()
         return KernelReport(
-            {name: kernel_errors(rows, t[self.rows], kernels) for name, rows in (("before", before), ("after", after))},
-            drift_of(before, after, looked_at),
-            retrieval,
-            self._zero_shot(encoder, unit),
-            {"test": len(self.rows), "captions": len(self.captions), "texts": len(looked_at)},
-            {},
-            loop.history,
-            settings,
+            kernel={name: kernel_errors(rows, self.teachers, kernels) for name, rows in both.items()},
+            drift=drift_of(both["before"], both["after"], texts),
+            retrieval=retrieval,
+            zero_shot=self._zero_shot(unit),
+            counts={"test": len(self.files), "captions": len(self.captions), "texts": len(texts)},
+            kernels={},
+            history=loop.history,
+            settings={},
         )
 
-    def _zero_shot(self, encoder: Encoder, unit: dict[str, np.ndarray]) -> dict[str, dict[str, float]] | None:
+    def _zero_shot(self, unit: dict[str, np.ndarray]) -> dict[str, dict[str, float]] | None:
         labelled: Bool[np.ndarray, " n"] = np.array([label is not None for label in self.labels])
         labels = [str(label) for label in self.labels if label is not None]
         if len(set(labels)) < 2:
             return None
         rows = {name: found[labelled] for name, found in unit.items()}
-        encoders = dict.fromkeys(rows, encoder)
+        encoders = dict.fromkeys(rows, self.encoder)
         return compare_zero_shot(encoders, rows, labels, templates=named_templates("simple")).figures
 
 
@@ -381,10 +413,10 @@ def _digest(images: Sequence[CaptionedImage], files: Sequence[Path], splits: Ima
 
 
 def _kernels(
-    recipe: Recipe, z: Float[np.ndarray, "n dim"], t: Float[np.ndarray, "n teacher_dim"], seed: int
+    recipe: Recipe, z: Float[np.ndarray, "n dim"], t: Float[np.ndarray, "n teacher_dim"]
 ) -> tuple[Kernel, Kernel]:
     """Of student and teacher, with parameters fitted on a sample where they are left open."""
-    rows = np.sort(np.random.default_rng((seed, 3)).permutation(len(z))[:_SAMPLE])
+    rows = np.sort(np.random.default_rng((recipe.seed, 3)).permutation(len(z))[:_SAMPLE])
     x, y = torch.from_numpy(z[rows]), torch.from_numpy(t[rows])
     if recipe.kernel == "cosine":
         return CosineKernel(), CosineKernel()
