@@ -588,7 +588,10 @@ def test_two_processes_train_what_one_does(clip_folder: Path, tiny_timm: Encoder
     one, two = (load_encoder(str(tmp_path / name), device="cpu") for name in ("one", "two"))
     for name, value in one.model.state_dict().items():
         apart = (two.model.state_dict()[name] - value).abs()
-        # Adam divides by the gradient's size: where it is next to nothing, rounding decides.
+        # Adam divides by the gradient's size: where it is next to nothing, rounding decides. Those of keys' biases are
+        # nothing but rounding, as a softmax takes no notice of them.
+        if name.endswith("k_proj.bias"):
+            continue
         assert (apart > 2e-5).float().mean() < 1e-3, name
         assert apart.max() < 1e-3, name
     reports = [json.loads((tmp_path / name / "kernel_alignment.json").read_text()) for name in ("one", "two")]
