@@ -586,14 +586,11 @@ def test_two_processes_train_what_one_does(clip_folder: Path, tiny_timm: Encoder
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (load_encoder(str(tmp_path / name), device="cpu") for name in ("one", "two"))
-    for name, value in one.model.state_dict().items():
-        apart = (two.model.state_dict()[name] - value).abs()
-        # Adam divides by the gradient's size: where it is next to nothing, rounding decides. Those of keys' biases are
-        # nothing but rounding, as a softmax takes no notice of them.
-        if name.endswith("k_proj.bias"):
-            continue
-        assert (apart > 2e-5).float().mean() < 1e-3, name
-        assert apart.max() < 1e-3, name
+    # Adam divides by the gradient's size: single weights whose gradient is next to nothing follow its rounding.
+    encoders = load_encoder(f"transformers:{clip_folder}", device="cpu"), one, two
+    start, first, second = (torch.cat([value.flatten().double() for value in encoder.model.state_dict().values()])
+                            for encoder in encoders)  # fmt: skip
+    assert (second - first).norm() < 0.02 * (first - start).norm()
     reports = [json.loads((tmp_path / name / "kernel_alignment.json").read_text()) for name in ("one", "two")]
     for first, second in zip(reports[0]["history"], reports[1]["history"], strict=True):
         assert second["align"] == pytest.approx(first["align"], rel=1e-4)
