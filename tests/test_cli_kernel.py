@@ -57,6 +57,16 @@ def test_what_is_printed_and_made(
     assert found["counts"]["training"] + found["counts"]["test"] == 14
 
 
+def test_images_that_cannot_be_read_are_told(kernel: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with (tmp_path / "data.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"file": "broken.jpg"}) + "\n")
+    done = kernel("--quiet")
+    assert done.code == 4
+    assert re.search(r"note: 1 images could not be read and are left out \(first: '.*broken.jpg'\)", done.err)
+    assert (tmp_path / "out" / "encoder.json").is_file()
+
+
 def test_what_is_refused(kernel: Callable[..., Any], command_line: Callable[..., Any], tmp_path: Path) -> None:
     for arguments, message in (
         (["--text-encoder", "bundled:text", "--dim", "3"], "--text-encoder, --dim: of no effect with --method kernel"),

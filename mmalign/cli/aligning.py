@@ -11,7 +11,7 @@ import typer
 
 from mmalign.errors import InputError, reason_of
 
-from .options import PARTIAL, Device, Quiet, say
+from .options import PARTIAL, Device, Quiet, end_if_left_out, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -325,9 +325,7 @@ def eval_captions(
     }
     _show(about, comparison.table(), comparison.notes, as_json)
     _save_report(out, about, lambda path: draw_report(path, comparison))
-    if skipped:
-        say(f"note: {len(skipped)} images could not be read and are left out (first: {skipped[0]['name']!r})")
-        raise typer.Exit(PARTIAL)
+    end_if_left_out(skipped)
 
 
 def eval_zero_shot(
@@ -364,9 +362,7 @@ def eval_zero_shot(
     }
     _show(about, [title, *result.table()], result.notes, as_json)
     _save_report(out, about, lambda path: draw_zero_shot(path, result))
-    if skipped:
-        say(f"note: {len(skipped)} images could not be read and are left out (first: {skipped[0]['name']!r})")
-        raise typer.Exit(PARTIAL)
+    end_if_left_out(skipped)
 
 
 def _show(about: dict[str, Any], lines: list[str], notes: list[str], as_json: bool) -> None:

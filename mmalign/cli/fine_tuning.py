@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PARTIAL, Device, Quiet, say
+from .options import Device, Quiet, end_if_left_out, say
 
 __all__ = ["train_oca"]
 
@@ -122,7 +122,4 @@ def train_oca(
         say(f"note: {warning}")
     print(json.dumps(report.to_dict()) if as_json else "\n".join(report.table()))
     say(f"the encoder is {report.folder!r}; its `compatible_rows` (Python) are queries for the old index")
-    if report.skipped:
-        first = report.skipped[0]["name"]
-        say(f"note: {len(report.skipped)} images could not be read and are left out (first: {first!r})")
-        raise typer.Exit(PARTIAL)
+    end_if_left_out(report.skipped)

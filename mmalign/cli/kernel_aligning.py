@@ -12,7 +12,7 @@ import typer
 from mmalign.errors import InputError
 
 from .aligning import given_of, named_options
-from .options import PARTIAL, say
+from .options import end_if_left_out, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,4 @@ def align_kernel(
         say(f"note: {warning}")
     print(json.dumps(report.to_dict()) if as_json else "\n".join(report.table()))
     say(f"the encoder is {report.folder!r}; index with `mmalign index FOLDER --encoder {report.folder}`")
-    if report.skipped:
-        first = report.skipped[0]["name"]
-        say(f"note: {len(report.skipped)} images could not be read and are left out (first: {first!r})")
-        raise typer.Exit(PARTIAL)
+    end_if_left_out(report.skipped)

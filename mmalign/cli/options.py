@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,7 @@ __all__ = [
     "Unet",
     "Where",
     "Width",
+    "end_if_left_out",
     "index_here",
     "one_output",
     "print_paths",
@@ -178,6 +179,14 @@ def one_output(paths: bool, null: bool, as_json: bool) -> None:
     """Refuse two forms of output at once."""
     if as_json and (paths or null):
         raise InputError(f"--json and {'--paths' if paths else '--null'} exclude each other; give one of them")
+
+
+def end_if_left_out(skipped: Sequence[Mapping[str, Any]]) -> None:
+    """Say how many images could not be read, and end with the exit code for that; nothing where there are none."""
+    if skipped:
+        first = skipped[0]["name"]
+        say(f"note: {len(skipped):,} images could not be read and are left out (first: {first!r})")
+        raise typer.Exit(PARTIAL)
 
 
 def say_if_unfinished(index: ImageIndex) -> None:

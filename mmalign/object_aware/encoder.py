@@ -36,8 +36,8 @@ class ObjectAwareEncoder(Encoder):
 
     Each image is looked at by a detector when it is loaded; what it finds comes with the pixels, as one more channel an
     object, and inside the encoder attention is drawn to it. Texts are encoded as ever, and so are images in which
-    nothing is found, to the bit. The paper is about BLIP-2; for the encoders that this wraps it is an extension, and
-    experimental.
+    nothing is found, to the bit. The paper has BLIP-2 and, without code, CoCa; for CLIP, SigLIP and timm's models it is
+    an extension, and experimental.
 
     Boxes of a file are input, as pixels are: they are not in the fingerprint, and an index or a cache of features does
     not notice where a file of boxes says something else of an image it knows.
